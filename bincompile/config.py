@@ -1,0 +1,199 @@
+"""Options as values: what `optimize` can be asked for, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bincompile.errors import ConfigError
+
+PRECISIONS = ("w1a1", "w1a32")
+PLANNED_PRECISIONS = ("w1a8", "auto")
+VIOLATIONS = ("fallback", "raise", "warn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Binary:
+    """What to make binary in a float model. Lossy, so it is asked for and guarded.
+
+    Args:
+        precision: `"w1a1"` (1-bit weights and activations) or `"w1a32"` (1-bit weights).
+        layers: glob over module paths; only layers that match are rewritten.
+        keep: globs over module paths that stay float.
+        linear: rewrite matrix products with a stored weight.
+        embedding: rewrite look-up tables.
+
+    Example:
+        >>> Binary("w1a32", layers="encoder.*", keep=("*.output.dense",)).covers("encoder.0.q")
+        True
+    """
+
+    precision: str = "w1a32"
+    layers: str = "*"
+    keep: tuple[str, ...] = ()
+    linear: bool = True
+    embedding: bool = True
+
+    def __post_init__(self) -> None:
+        if self.precision in PLANNED_PRECISIONS:
+            raise ConfigError(
+                f"binary={self.precision!r} is not available yet",
+                " or ".join(map(repr, PRECISIONS)),
+                "use binary='w1a32' (1-bit weights) or binary='w1a1' (weights and activations)",
+            )
+        if self.precision not in PRECISIONS:
+            raise ConfigError(
+                f"binary={self.precision!r}", " or ".join(map(repr, PRECISIONS)),
+                "the binary= argument of optimize, or Binary(precision=)",
+            )
+
+    def covers(self, path: str) -> bool:
+        """Whether the layer at this module path is to be rewritten."""
+        from fnmatch import fnmatchcase
+
+        return fnmatchcase(path, self.layers) and not any(fnmatchcase(path, k) for k in self.keep)
+
+    @classmethod
+    def of(cls, value: Binary | str | None) -> Binary | None:
+        """`binary=` of `optimize`: None, a precision string, or a `Binary`."""
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        raise ConfigError(f"binary={value!r}", "None, a string or bc.Binary(...)",
+                          "the binary= argument of optimize")
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """The limits that a lossy program has to keep on calibration and hold-out data.
+
+    Args:
+        cos_mean: least mean cosine similarity between the outputs of model and program.
+        cos_min: least cosine similarity of any single sample.
+        metric: optional `metric(model_like) -> float`, higher is better.
+        max_drop: most that `metric` may fall.
+
+    Example:
+        >>> Guard(cos_mean=0.99).cos_min
+        0.9
+    """
+
+    cos_mean: float = 0.98
+    cos_min: float = 0.90
+    metric: Callable[[Any], float] | None = None
+    max_drop: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("cos_mean", "cos_min"):
+            if not -1.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"Guard({name}={getattr(self, name)!r})", "a number from -1 to 1",
+                                  f"Guard({name}=)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Continual:
+    """A streaming form: `window` tokens of memory along `time_dim`."""
+
+    window: int | None = None
+    time_dim: int = 1
+
+    @classmethod
+    def of(cls, value: Continual | int | None) -> Continual | None:
+        """`continual=` of `optimize`: None, a window length, or a `Continual`."""
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return cls(window=value)
+        raise ConfigError(f"continual={value!r}", "None, a window length >= 1, or bc.Continual(...)",
+                          "the continual= argument of optimize")
+
+
+# The instruction sets that kernels are compiled for, best first: name, LLVM's name of the
+# processor, and the features of the host (as /proc/cpuinfo spells them) that it needs.
+INSTRUCTION_SETS = (
+    ("avx512-vpopcntdq", "icelake-server",
+     ("avx512f", "avx512bw", "avx512vl", "avx512_vpopcntdq", "avx512_vnni", "avx512_vbmi")),
+    ("avx2", "x86-64-v3", ("avx2", "bmi2", "fma", "popcnt")),
+    ("x86-64", "x86-64-v2", ("popcnt", "ssse3")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What kernels are compiled for.
+
+    Args:
+        kind: `"cpu"` or `"cuda"`.
+        isa: an instruction set of `INSTRUCTION_SETS`; empty where none fits (reference kernels).
+        features: features of the host, as the system names them.
+
+    Example:
+        >>> Target.host().kind
+        'cpu'
+    """
+
+    kind: str = "cpu"
+    isa: str = ""
+    features: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cpu", "cuda"):
+            raise ConfigError(f"target kind {self.kind!r}", "'cpu' or 'cuda'",
+                              "the target= argument of optimize")
+
+    @property
+    def processor(self) -> str:
+        """LLVM's name of the processor of `isa`."""
+        return next((cpu for name, cpu, _ in INSTRUCTION_SETS if name == self.isa), "")
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.isa}" if self.isa else self.kind
+
+    @classmethod
+    def host(cls) -> Target:
+        """This machine; `BINCOMPILE_ISA` chooses a lesser instruction set for tests."""
+        features = _host_features()
+        usable = [name for name, _, needs in INSTRUCTION_SETS if set(needs) <= features]
+        wanted = os.environ.get("BINCOMPILE_ISA")
+        if wanted is not None and wanted != "none" and wanted not in usable:
+            raise ConfigError(f"BINCOMPILE_ISA={wanted!r}", f"one of {usable + ['none']}",
+                              "the environment variable BINCOMPILE_ISA")
+        isa = "" if wanted == "none" else wanted or (usable[0] if usable else "")
+        return cls("cpu", isa, tuple(sorted(features)))
+
+    @classmethod
+    def of(cls, value: Target | str | None) -> Target:
+        """`target=` of `optimize`: None for this host, `"cpu"`, `"cuda"`, or a `Target`."""
+        if value is None or value == "cpu":
+            return cls.host()
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        raise ConfigError(f"target={value!r}", "None, 'cpu', 'cuda' or bc.Target(...)",
+                          "the target= argument of optimize")
+
+
+def _host_features() -> set[str]:
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return set()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return next((set(line.split(":", 1)[1].split()) for line in lines
+                 if line.startswith("flags")), set())
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept: `BINCOMPILE_CACHE_DIR`, else the user's cache folder."""
+    chosen = os.environ.get("BINCOMPILE_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "bincompile"

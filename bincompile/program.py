@@ -1,0 +1,180 @@
+"""A program: a graph over flat tensors at one level of the pipeline, and how it came to be.
+
+A program is immutable; passes make new ones. Every program runs eagerly and prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from bincompile.record import Match, Refusal, Rewrite
+from bincompile.signature import Signature
+
+LEVELS = ("captured", "normal", "canonical", "packed", "binary", "lowered")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A graph at one level.
+
+    Args:
+        graph_module: placeholders are the flat inputs, get_attr nodes the stored tensors, and the
+            output a tuple of the flat outputs.
+        signature: how calls become flat inputs, and flat outputs the result.
+        level: one of `LEVELS`.
+        matches: subgraphs that were recognised.
+        refusals: candidates that were declined.
+        rewrites: changes that were made.
+        notes: other decisions a reader should know of.
+        parent: the program of the stage before.
+
+    Example:
+        >>> import torch, bincompile as bc
+        >>> compiled = bc.optimize(torch.nn.Linear(4, 2).eval(), (torch.ones(3, 4),))
+        >>> print(compiled.program.at("captured"))  # doctest: +ELLIPSIS
+        program at level captured
+        ...
+    """
+
+    graph_module: fx.GraphModule
+    signature: Signature
+    level: str = "captured"
+    matches: tuple[Match, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
+    notes: tuple[str, ...] = ()
+    parent: Program | None = None
+
+    def __post_init__(self) -> None:
+        if self.level not in LEVELS:
+            raise ValueError(f"level {self.level!r} is not one of {LEVELS}")
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph itself."""
+        return self.graph_module.graph
+
+    @property
+    def lossy(self) -> bool:
+        """Whether any rewrite changed the precision."""
+        return any(r.kind == "lossy" for r in self.rewrites)
+
+    @property
+    def stages(self) -> tuple[Program, ...]:
+        """Every program from the captured one to this one."""
+        return ((*self.parent.stages, self) if self.parent else (self,))
+
+    def at(self, level: str) -> Program:
+        """The last stage at this level, e.g. `at("normal")`."""
+        for stage in reversed(self.stages):
+            if stage.level == level:
+                return stage
+        raise KeyError(f"no stage at level {level!r}; there are {[s.level for s in self.stages]}")
+
+    def next(self, graph_module: fx.GraphModule, level: str, **changes: Any) -> Program:
+        """The program of the next stage; records in `changes` replace the ones so far."""
+        return dataclasses.replace(self, graph_module=graph_module, level=level, parent=self,
+                                   **changes)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The stored tensors that the graph reads, by name."""
+        return {n.target: attribute(self.graph_module, n.target)
+                for n in self.graph.nodes if n.op == "get_attr"}
+
+    @property
+    def exported(self) -> torch.export.ExportedProgram:
+        """This stage as an ExportedProgram over flat inputs, with symbolic sizes kept."""
+        values = [n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"]
+        examples = tuple(_example(v) for v in values)
+        dims = tuple({i: torch.export.Dim.AUTO for i, s in enumerate(v.shape)
+                      if not isinstance(s, int)} if isinstance(v, torch.Tensor) else None
+                     for v in values)
+        return torch.export.export(self.graph_module, examples, dynamic_shapes=dims)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        flat = self.signature.flatten(args, kwargs)
+        return self.signature.unflatten(self.graph_module(*flat))
+
+    def __str__(self) -> str:
+        lines = [f"program at level {self.level}"]
+        lines += (f"  {line}" for line in _lines(self.graph))
+        return "\n".join(lines)
+
+
+def attribute(module: torch.nn.Module, path: str) -> Any:
+    """The attribute at a dotted path."""
+    return operator.attrgetter(path)(module)
+
+
+def owner(node: fx.Node) -> str:
+    """Module path of the module that a node was traced in; empty for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return paths[-1].removeprefix("L['self'].") if paths else ""
+
+
+def source_line(node: fx.Node) -> str:
+    """The user's source line that made a node, as `file:line: text`; empty if not known."""
+    frames = (node.meta.get("stack_trace") or "").strip().splitlines()
+    places = [i for i, line in enumerate(frames) if line.strip().startswith("File ")]
+    if not places:
+        return ""
+    place = frames[places[-1]].strip().split(", ")
+    text = frames[places[-1] + 1].strip() if places[-1] + 1 < len(frames) else ""
+    file = place[0].removeprefix("File ").strip('"')
+    return f"{file}:{place[1].removeprefix('line ')}: {text}"
+
+
+def _example(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    sizes = [s if isinstance(s, int) else s.node.hint or 2 for s in value.shape]
+    return torch.zeros(sizes, dtype=value.dtype)
+
+
+def _lines(graph: fx.Graph) -> Iterator[str]:
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            continue
+        if node.op == "output":
+            yield f"return {_show(node.args[0])}"
+            continue
+        value, path = describe(node.meta.get("val")), owner(node)
+        if node.op == "placeholder":
+            yield f"input {node.name}: {value}"
+            continue
+        inside = ", ".join([*map(_show, node.args),
+                            *(f"{k}={_show(v)}" for k, v in node.kwargs.items())])
+        line = f"{node.name}: {value} = {target_name(node.target)}({inside})"
+        yield line + (f"  # {path}" if path else "")
+
+
+def target_name(target: Any) -> str:
+    """The short name of what a node calls, e.g. `aten.matmul` or `bincompile.attention`."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target).removesuffix(".default")
+    return getattr(target, "__name__", str(target))
+
+
+def describe(value: Any) -> str:
+    """Dtype and shape of a fake value, e.g. `float32[s0, 16, 64]`."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(describe, value))})"
+    return type(value).__name__ if not isinstance(value, int | float) else str(value)
+
+
+def _show(arg: Any) -> str:
+    if isinstance(arg, fx.Node):
+        return arg.target if arg.op == "get_attr" else arg.name
+    if isinstance(arg, tuple | list):
+        inside = ", ".join(map(_show, arg))
+        return f"[{inside}]" if isinstance(arg, list) else f"({inside})"
+    return repr(arg)

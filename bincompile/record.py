@@ -1,0 +1,98 @@
+"""What the compiler says of its work: matches, refusals, rewrites, and the evidence for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """The result of comparing two forms of a subgraph on random and adversarial inputs.
+
+    Args:
+        trials: inputs tried.
+        seed: seed of the first random input.
+        dtype: dtype of the comparison.
+        max_error: largest relative difference seen.
+        limit: largest difference allowed.
+        milliseconds: time that the proof took; 0 where it was shared with an identical subgraph.
+    """
+
+    trials: int
+    seed: int
+    dtype: str
+    max_error: float
+    limit: float
+    milliseconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference stayed within its limit."""
+        return self.max_error <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A subgraph that was recognised as an operator.
+
+    Args:
+        operator: "attention", "embedding", "embedding_bag" or "linear".
+        path: module path of the owner.
+        attrs: what is known of it: heads, scale, causal, ...
+        node: name of the node that it ends in.
+        evidence: the proof; None if it was not tried.
+    """
+
+    operator: str
+    path: str
+    attrs: Mapping[str, Any]
+    node: str
+    evidence: Evidence | None = None
+
+    @property
+    def validated(self) -> bool:
+        """Whether the proof was made and passed."""
+        return self.evidence is not None and self.evidence.passed
+
+    @property
+    def max_error(self) -> float | None:
+        """Largest relative difference that the proof saw."""
+        return None if self.evidence is None else self.evidence.max_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A candidate that was not rewritten, and why."""
+
+    operator: str
+    path: str
+    reason: str
+    node: str
+    source: str = ""  # the user's source line
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """A change of the graph.
+
+    Args:
+        operator: the operator that was put in.
+        path: module path of the owner.
+        kind: "exact" or "lossy".
+        kernel: the kernel that runs it; empty until it is lowered.
+        bytes_before: bytes of stored weights that the subgraph read before.
+        bytes_after: bytes of stored weights that it reads now.
+        max_error: largest relative difference seen, None where it was not measured.
+        node: name of the node that was put in.
+    """
+
+    operator: str
+    path: str
+    kind: str
+    kernel: str = ""
+    bytes_before: int = 0
+    bytes_after: int = 0
+    max_error: float | None = None
+    node: str = ""

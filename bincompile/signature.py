@@ -1,0 +1,125 @@
+"""How a call becomes flat inputs, what those inputs may be, and how outputs become the result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from bincompile.errors import InputError, InputTypeError
+
+
+@dataclasses.dataclass(frozen=True)
+class InputSpec:
+    """One flat input: a tensor of a dtype and shape, or a constant that was captured.
+
+    A size that is a string is a symbol; equal symbols stand for equal sizes.
+    """
+
+    name: str
+    dtype: torch.dtype | None = None
+    shape: tuple[int | str, ...] = ()
+    constant: Any = None
+
+    def __str__(self) -> str:
+        if self.dtype is None:
+            return f"{self.name}={self.constant!r}"
+        return f"{self.name}: {self.dtype} [{', '.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """The calling convention of a program.
+
+    Args:
+        inputs: the flat inputs, in order.
+        in_spec: pytree of `(args, kwargs)` as captured.
+        out_spec: pytree of the result.
+        names: names of the positional parameters of the model's forward.
+        defaults: their default values, where they have one.
+        ranges: least and greatest size of each symbol (None: no limit).
+    """
+
+    inputs: tuple[InputSpec, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    names: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ranges: Mapping[str, tuple[int, int | None]] = dataclasses.field(default_factory=dict)
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The flat inputs of a call, checked; raises `InputError` or `InputTypeError`."""
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.in_spec:
+            flat, spec = pytree.tree_flatten(self._arrange(args, kwargs))
+        if spec != self.in_spec:
+            raise InputTypeError(
+                f"a call with {_structure(args, kwargs)}",
+                f"{len(self.inputs)} inputs as captured: {', '.join(map(str, self.inputs))}",
+                "the call, or pass these inputs to optimize as args= and kwargs=")
+        self.check(flat)
+        return flat
+
+    def unflatten(self, outputs: Any) -> Any:
+        """The result in the structure that the model returns."""
+        return pytree.tree_unflatten(list(outputs), self.out_spec)
+
+    def check(self, flat: list[Any]) -> None:
+        """Raise unless these flat inputs are of the captured dtypes, ranks and sizes."""
+        sizes: dict[str, int] = {}
+        for spec, value in zip(self.inputs, flat, strict=True):
+            if spec.dtype is None:
+                if value is not spec.constant and value != spec.constant:
+                    raise InputTypeError(f"{spec.name}={value!r}", f"{spec.constant!r}, as captured",
+                                         f"{spec.name}, or pass the new value to optimize")
+                continue
+            if not isinstance(value, torch.Tensor):
+                raise InputTypeError(f"{spec.name} is a {type(value).__name__}", f"a tensor: {spec}",
+                                     f"the input {spec.name}")
+            if value.dtype != spec.dtype:
+                raise InputTypeError(f"{spec.name} of dtype {value.dtype}", f"{spec.dtype}",
+                                     f"convert the input, e.g. {spec.name}.to({spec.dtype})")
+            if value.ndim != len(spec.shape):
+                raise InputError(f"{spec.name} of rank {value.ndim}, shape {tuple(value.shape)}",
+                                 f"rank {len(spec.shape)}: {spec}", f"the input {spec.name}")
+            for axis, (want, size) in enumerate(zip(spec.shape, value.shape, strict=True)):
+                self._check_size(spec, axis, want, size, sizes)
+
+    def _check_size(self, spec: InputSpec, axis: int, want: int | str, size: int,
+                    sizes: dict[str, int]) -> None:
+        found = f"{spec.name} with size {size} in dimension {axis}"
+        if isinstance(want, int):
+            if size != want:
+                raise InputError(found, f"{want}: this size was fixed when the model was captured",
+                                 f"the input {spec.name}, or pass an example of this size to optimize")
+            return
+        low, high = self.ranges.get(want, (0, None))
+        if size < low or (high is not None and size > high):
+            raise InputError(found, f"{low} to {'any size' if high is None else high}",
+                             f"the input {spec.name}")
+        if sizes.setdefault(want, size) != size:
+            raise InputError(found, f"{sizes[want]}, the size of {want} in an earlier input",
+                             "the inputs: these two sizes have to be equal")
+
+    def _arrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        """The same call with arguments positional and named as they were when captured."""
+        args_spec, kwargs_spec = self.in_spec.children()
+        captured = list(kwargs_spec.context) if kwargs_spec.type is dict else []
+        given = dict(zip(self.names, args, strict=False)) | kwargs
+        positional = self.names[:args_spec.num_children]
+        if len(args) > len(self.names) or any(n not in given for n in (*positional, *captured)):
+            return args, kwargs
+        extra = {k: v for k, v in given.items() if k not in positional and k not in captured
+                 and not (k in self.defaults and v is self.defaults[k])}
+        return (tuple(given[n] for n in positional),
+                {n: given[n] for n in captured} | extra)
+
+
+def _structure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def one(value: Any) -> str:
+        return f"tensor{list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+
+    return f"({', '.join([*map(one, args), *(f'{k}={one(v)}' for k, v in kwargs.items())])})"[:200]
