@@ -1,0 +1,68 @@
+"""Compile PyTorch graphs to binary and continual operators, each rewrite proven.
+
+Names are resolved when they are first used, so `import bincompile` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ != "bincompile":
+    raise ImportError(f"import bincompile, not {__name__}")
+
+__version__ = "0.1.0"
+
+_here = Path(__file__).parent
+if not (_here / "passes").is_dir():  # in a checkout they stand beside this folder
+    __path__.append(str(_here.parent))
+
+if TYPE_CHECKING:
+    from bincompile import nn
+    from bincompile.api import inspect, optimize
+    from bincompile.artifact import load
+    from bincompile.compiled import CompiledModel
+    from bincompile.config import Binary, Continual, Guard, Target
+    from bincompile.errors import (
+        AccuracyError,
+        AccuracyUnknownError,
+        ArtifactError,
+        BincompileError,
+        CaptureError,
+        ConfigError,
+        ContinualError,
+        InputError,
+        InputTypeError,
+        KernelError,
+        ProofError,
+    )
+    from bincompile.program import Program
+    from bincompile.report import Report
+
+__all__ = [
+    "AccuracyError", "AccuracyUnknownError", "ArtifactError", "Binary", "BincompileError",
+    "CaptureError", "CompiledModel", "ConfigError", "Continual", "ContinualError", "Guard",
+    "InputError", "InputTypeError", "KernelError", "Program", "ProofError", "Report", "Target",
+    "__version__", "inspect", "load", "nn", "optimize",
+]
+
+_HOMES = {  # the module that holds a public name; bincompile.errors holds the others
+    "inspect": "api", "optimize": "api", "load": "artifact", "CompiledModel": "compiled",
+    "Binary": "config", "Continual": "config", "Guard": "config", "Target": "config",
+    "Program": "program", "Report": "report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'bincompile' has no attribute {name!r}")
+    if name == "nn":
+        return importlib.import_module("bincompile.nn")
+    home = importlib.import_module(f"bincompile.{_HOMES.get(name, 'errors')}")
+    value = globals()[name] = getattr(home, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
