@@ -1,0 +1,183 @@
+"""Multi-head attention whose four projections are binary."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bincompile.errors import ConfigError, InputError, InputTypeError
+from bincompile.nn import arguments
+from bincompile.nn.binary_linear import BinaryLinear
+
+_MASK_SHAPES = "(B, S), (B, 1, S), (B, L, S) or (B, H, L, S), with 1 for any of B, H and L"
+
+
+class BMHA(nn.Module):
+    """Multi-head attention with `BinaryLinear` projections and full-precision scores.
+
+    Args:
+        input_dim: features of the input and of the output.
+        hidden_dim: features of queries, keys and values, all heads together.
+        num_heads: a divisor of hidden_dim.
+        dtype: float dtype of the parameters.
+        dropout: probability of dropping an attention weight, in training only.
+        attention: "float"; "binary" (1-bit scores) is not available yet.
+        bias: give the projections a bias.
+        compat: None; the formulas of bitorch-engine are not available yet.
+        device: where the parameters are made.
+
+    Raises:
+        ConfigError (a ValueError): an argument of the wrong kind, or hidden_dim % num_heads != 0.
+
+    Source: Attention Is All You Need (arXiv:1706.03762); projections of XNOR-Net
+    (arXiv:1603.05279). Parameter names follow bitorch_engine's BMHA.
+
+    Example:
+        >>> layer = BMHA(input_dim=8, hidden_dim=16, num_heads=4).eval()
+        >>> output, weights = layer(torch.ones(2, 5, 8), mask=torch.ones(2, 5).bool())
+        >>> output.shape, weights.shape
+        (torch.Size([2, 5, 8]), torch.Size([2, 4, 5, 5]))
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int, num_heads: int,
+                 dtype: torch.dtype = torch.float32, *, dropout: float = 0.1,
+                 attention: str = "float", bias: bool = False, compat: str | None = None,
+                 device: torch.device | str | None = None) -> None:
+        super().__init__()
+        name = type(self).__name__
+        arguments.compat(name, compat)
+        arguments.choice(name, "attention", attention, ("float",), planned=("binary",))
+        self.input_dim = arguments.size(name, "input_dim", input_dim)
+        self.hidden_dim = arguments.size(name, "hidden_dim", hidden_dim)
+        self.num_heads = arguments.size(name, "num_heads", num_heads)
+        if hidden_dim % num_heads:
+            raise ConfigError(f"{name}(hidden_dim={hidden_dim}, num_heads={num_heads})",
+                              "a hidden_dim that is a multiple of num_heads",
+                              "the hidden_dim or the num_heads argument")
+        self.head_dim = hidden_dim // num_heads
+        self.dtype = arguments.float_dtype(name, dtype)
+
+        def projection(inputs: int, outputs: int) -> BinaryLinear:
+            return BinaryLinear(inputs, outputs, arguments.flag(name, "bias", bias),
+                                device=device, dtype=self.dtype)
+
+        self.q_linear = projection(input_dim, hidden_dim)
+        self.v_linear = projection(input_dim, hidden_dim)
+        self.k_linear = projection(input_dim, hidden_dim)
+        self.dropout = nn.Dropout(arguments.probability(name, "dropout", dropout))
+        self.out = projection(hidden_dim, input_dim)
+
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, *,
+                key: torch.Tensor | None = None, value: torch.Tensor | None = None,
+                causal: bool = False, need_weights: bool = True,
+                ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend from hidden_states (B, L, input_dim) to key and value (B, S, input_dim).
+
+        Args:
+            hidden_states: the queries; also the keys and values where those are not given.
+            mask: its dtype says what it means. Bool or integer: keep where not 0. Float: added
+                to the scores, -inf drops; a float mask of zeros and ones is therefore added too.
+                Shapes: (B, S) says which keys of sample b are kept; (B, 1, S) the same;
+                (B, L, S) which keys each query sees; (B, H, L, S) one mask for each head. A size
+                of 1 in place of B, H or L serves all.
+            key: defaults to hidden_states.
+            value: defaults to key.
+            causal: query i sees keys 0 to i only.
+            need_weights: return the attention weights as well.
+
+        Returns:
+            Output (B, L, input_dim), and the weights (B, H, L, S) before dropout, or None without
+            need_weights. A query that sees no key has weights of zero.
+
+        Raises:
+            InputError: a wrong shape.
+            InputTypeError: an input or a mask of a wrong dtype.
+        """
+        key = hidden_states if key is None else key
+        value = key if value is None else value
+        _check_inputs(hidden_states, key, value, self.input_dim)
+        query, key, value = (self._heads(project(x)) for project, x in (
+            (self.q_linear, hidden_states), (self.k_linear, key), (self.v_linear, value)))
+        bias, keep = self._read_mask(mask, query, key)
+        if need_weights:
+            keep = _causal(keep, query, key, causal)
+            mixed, weights = self._attend(query, key, value, bias, keep)
+        else:
+            mixed, weights = self._attend_fused(query, key, value, bias, keep, causal), None
+        return self.out(mixed.transpose(1, 2).flatten(2)), weights
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, L, hidden_dim) to (B, H, L, head_dim)."""
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def _read_mask(self, mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor,
+                   ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The mask as (bias to add, keep), both (B, H, L, S) with ones, or None."""
+        if mask is None:
+            return None, None
+        if mask.dtype.is_complex:
+            raise InputTypeError(f"mask of dtype {mask.dtype}",
+                                 "bool or integer (keep where not 0), or float (added)", "the mask")
+        wide = {2: lambda m: m[:, None, None], 3: lambda m: m[:, None], 4: lambda m: m}.get(
+            mask.ndim, lambda m: None)(mask)
+        sizes = (*query.shape[:3], key.shape[2])
+        if wide is None or wide.shape[3] != sizes[3] or any(
+                n != size and n != 1 for n, size in zip(wide.shape[:3], sizes[:3], strict=True)):
+            raise InputError(f"mask of shape {tuple(mask.shape)}", f"{_MASK_SHAPES}; here "
+                             f"(B, H, L, S) = {tuple(map(str, sizes))}", "the mask")
+        if not mask.dtype.is_floating_point:
+            return None, wide != 0
+        keep = wide != -math.inf
+        return torch.where(keep, wide, 0.0).to(query.dtype), keep
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                bias: torch.Tensor | None, keep: torch.Tensor | None,
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = (query * self.head_dim**-0.5) @ key.mT
+        if bias is not None:
+            scores = scores + bias
+        if keep is None:
+            weights = torch.softmax(scores, -1)
+        else:
+            # a query that sees nothing is left unmasked here, or its softmax and gradient were NaN
+            sees = keep.any(-1, keepdim=True)
+            weights = torch.softmax(scores.masked_fill(~keep & sees, -math.inf), -1)
+            weights = weights.masked_fill(~sees, 0.0)
+        return self.dropout(weights) @ value, weights
+
+    def _attend_fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                      bias: torch.Tensor | None, keep: torch.Tensor | None, causal: bool,
+                      ) -> torch.Tensor:
+        if keep is not None:
+            keep = _causal(keep, query, key, causal)
+        attn_mask = keep if bias is None else torch.where(keep, bias, -math.inf)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, self.dropout.p if self.training else 0.0,
+            is_causal=causal and keep is None)
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return (f"input_dim={self.input_dim}, hidden_dim={self.hidden_dim}, "
+                f"num_heads={self.num_heads}")
+
+
+def _check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                  features: int) -> None:
+    batch, keys = query.shape[0], key.shape[1:2]
+    for name, x, length in (("hidden_states", query, query.shape[1:2]), ("key", key, keys),
+                            ("value", value, keys)):
+        if x.ndim != 3 or x.shape[2] != features or x.shape[0] != batch or x.shape[1:2] != length:
+            raise InputError(f"{name} of shape {tuple(x.shape)}",
+                             f"(batch, tokens, {features}); key and value have the batch of "
+                             "hidden_states and as many tokens as each other", f"the {name}")
+
+
+def _causal(keep: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor,
+            causal: bool) -> torch.Tensor | None:
+    if not causal:
+        return keep
+    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    return seen if keep is None else keep & seen
