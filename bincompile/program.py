@@ -16,7 +16,7 @@ from torch import fx
 from bincompile.record import Match, Refusal, Rewrite
 from bincompile.signature import Signature
 
-LEVELS = ("captured", "normal", "canonical", "packed", "binary", "lowered")
+LEVELS = ("captured", "normal", "matched", "validated", "canonical", "packed", "binary", "lowered")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +114,14 @@ def attribute(module: torch.nn.Module, path: str) -> Any:
 
 def owner(node: fx.Node) -> str:
     """Module path of the module that a node was traced in; empty for the root."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    return paths[-1].removeprefix("L['self'].") if paths else ""
+    paths = module_paths(node)
+    return paths[-1] if paths else ""
+
+
+def module_paths(node: fx.Node) -> tuple[str, ...]:
+    """Module paths that a node was traced in, outermost first."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return tuple(path for path, *_ in stack if path)
 
 
 def source_line(node: fx.Node) -> str:

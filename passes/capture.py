@@ -1,0 +1,275 @@
+"""Capture: a model and one call of it become a program.
+
+The graph is what `torch.export` sees (not strict, sizes symbolic) after `run_decompositions({})`:
+functional, yet with linear, matmul, softmax and attention still whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
+
+from bincompile.errors import CaptureError, ConfigError, InputTypeError
+from bincompile.program import Program
+from bincompile.signature import InputSpec, Signature
+
+WRAPPER = "model"  # name of the user's model inside the module that is exported
+
+
+def capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
+            kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Any = "auto") -> Program:
+    """The program of one call; raises `CaptureError` where the model has no graph."""
+    if isinstance(model, ExportedProgram):
+        return from_exported(model)
+    check_model(model)
+    args, kwargs = tuple(args), dict(kwargs or {})
+    if dynamic_shapes not in ("auto", None):
+        with exporting(model):
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes,
+                                           strict=False)
+        return from_exported(exported, *parameters(model))
+    flat, in_spec = pytree.tree_flatten((args, kwargs))
+    example = [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in flat]
+    if not any(isinstance(v, torch.Tensor) for v in flat):
+        raise InputTypeError(f"a call without tensors: {args} {kwargs}", "at least one tensor",
+                             "args= and kwargs= of optimize")
+    wrapped, out_spec = _Flat(model, example, in_spec), []
+    with exporting(model), torch.no_grad():
+        example = grown(wrapped, example) if dynamic_shapes == "auto" else example
+        out_spec.append(pytree.tree_structure(model(*in_spec.unflatten(example)[0],
+                                                    **in_spec.unflatten(example)[1])))
+        tensors = tuple(v for v in example if isinstance(v, torch.Tensor))
+        shapes = (dynamic_axes(tensors),) if dynamic_shapes == "auto" else None
+        exported = torch.export.export(wrapped, tensors, dynamic_shapes=shapes, strict=False)
+        exported = exported.run_decompositions({})
+    names, defaults = parameters(model)
+    labels = _labels(args, kwargs, names)
+    graph_module, values = unlift(exported)
+    tensor_values = iter(values)
+    inputs = tuple(
+        _spec(label, next(tensor_values)) if isinstance(v, torch.Tensor)
+        else InputSpec(label, constant=v) for label, v in zip(labels, flat, strict=True))
+    _name_inputs(graph_module, flat, labels)
+    signature = Signature(inputs, in_spec, out_spec[0], names, defaults, _ranges(exported, inputs))
+    return Program(graph_module, signature)
+
+
+def from_exported(exported: ExportedProgram, names: tuple[str, ...] = (),
+                  defaults: Mapping[str, Any] | None = None) -> Program:
+    """The program of an ExportedProgram, with its own sizes."""
+    exported = exported.run_decompositions({})
+    graph_module, values = unlift(exported)
+    spec = exported.call_spec
+    labels = [n.name for n in graph_module.graph.nodes if n.op == "placeholder"]
+    inputs = tuple(_spec(label, v) if isinstance(v, torch.Tensor) else InputSpec(label, constant=v)
+                   for label, v in zip(labels, values, strict=True))
+    return Program(graph_module, Signature(inputs, spec.in_spec, spec.out_spec, names,
+                                           defaults or {}, _ranges(exported, inputs)))
+
+
+def check_model(model: Any) -> None:
+    """Raise unless this is a model in eval mode."""
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"a model of type {type(model).__name__}",
+                             "nn.Module, fx.GraphModule or torch.export.ExportedProgram",
+                             "the model argument")
+    training = next((name or "the model" for name, m in model.named_modules() if m.training), None)
+    if training is not None:
+        raise ConfigError(f"{training} is in training mode", "a model in eval mode",
+                          "call model.eval() before optimize")
+
+
+class _Flat(nn.Module):
+    """The model as a function of its tensors alone, in pytree order, returning a flat tuple."""
+
+    def __init__(self, model: nn.Module, flat: list[Any], in_spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.training = False
+        self.add_module(WRAPPER, model)
+        self._constants = tuple(None if isinstance(v, torch.Tensor) else (v,) for v in flat)
+        self._in_spec = in_spec
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        remaining = iter(tensors)
+        flat = [next(remaining) if c is None else c[0] for c in self._constants]
+        args, kwargs = pytree.tree_unflatten(flat, self._in_spec)
+        return tuple(pytree.tree_leaves(self.get_submodule(WRAPPER)(*args, **kwargs)))
+
+
+def grown(model: nn.Module, example: list[Any]) -> list[Any]:
+    """The example with sizes of 1 in the first two axes doubled, where the model runs with it.
+
+    `torch.export` fixes an axis whose example size is 1 or 0.
+    """
+    for axis in (0, 1):
+        wider = [torch.cat((v, v), axis)
+                 if isinstance(v, torch.Tensor) and v.ndim > axis and v.shape[axis] == 1 else v
+                 for v in example]
+        tensors = [v for v in wider if isinstance(v, torch.Tensor)]
+        if all(a is b for a, b in zip(wider, example, strict=True)):
+            continue
+        with contextlib.suppress(Exception):  # a size that has to be 1 makes the model raise
+            model(*tensors)
+            example = wider
+    return example
+
+
+def dynamic_axes(tensors: tuple[torch.Tensor, ...]) -> tuple[dict[int, Any], ...]:
+    """Which axes of each input may vary: the first two, and others of the same size."""
+    sizes = {size for t in tensors for size in t.shape[:2]}
+    return tuple({axis: Dim.AUTO for axis, size in enumerate(t.shape)
+                  if axis < 2 or size in sizes} for t in tensors)
+
+
+@contextlib.contextmanager
+def exporting(model: nn.Module) -> Iterator[None]:
+    """torch as it has to be while a model is captured; failures become `CaptureError`."""
+    from torch.nn.modules import transformer
+
+    fast, detect = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
+    torch.backends.mha.set_fastpath_enabled(False)
+    # The original inspects the values of the mask; without its answer the mask is used as given.
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        if not isinstance(error, InputTypeError | ConfigError | CaptureError):
+            raise _explain(model, error) from error
+        raise
+    finally:
+        transformer._detect_is_causal_mask = detect
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _explain(model: nn.Module, error: Exception) -> CaptureError:
+    library = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__)
+              if not f.filename.startswith((library, str(Path(__file__).parent), "<"))
+              and "contextlib" not in f.filename]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    first = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
+    control = "DataDependent" in type(error).__name__ or "data-dependent" in str(error)
+    return CaptureError(
+        f"{type(model).__name__} can't be captured{where}\n  because: "
+        f"{type(error).__name__}: {first}",
+        "a forward whose control flow and shapes don't depend on the values of tensors",
+        "replace the branch on a tensor by torch.where or torch.cond" if control
+        else "the line above, or the example inputs")
+
+
+def unlift(exported: ExportedProgram) -> tuple[fx.GraphModule, list[Any]]:
+    """The graph with parameters as get_attr nodes, and the fake values of its inputs."""
+    signature, tensors = exported.graph_signature, {}
+    inputs = {spec.arg.name: spec for spec in signature.input_specs}
+    changed = [s.target or s.arg.name for s in signature.output_specs
+               if s.kind is not OutputKind.USER_OUTPUT]
+    if changed:
+        raise CaptureError(f"the forward changes {', '.join(map(str, changed))} in place",
+                           "a forward that changes neither its inputs nor its buffers",
+                           "return the new value instead of writing it")
+    graph, copies, values = fx.Graph(), {}, []
+    for node in exported.graph.nodes:
+        spec = inputs.get(node.name) if node.op == "placeholder" else None
+        if spec is not None and spec.kind is not InputKind.USER_INPUT:
+            if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER,
+                                 InputKind.CONSTANT_TENSOR):
+                raise CaptureError(f"an input of kind {spec.kind.name}: {node.name}",
+                                   "tensors only", "the model's forward")
+            name = spec.target.removeprefix(f"{WRAPPER}.")
+            tensors[name] = _stored(exported, spec.target)
+            copies[node] = graph.get_attr(name)
+            copies[node].meta = dict(node.meta)
+            continue
+        if node.op == "output":
+            copies[node] = graph.output(fx.node.map_arg(tuple(node.args[0]), copies.get))
+            continue
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        copies[node].meta["nn_module_stack"] = _own_stack(node)
+        if node.op == "placeholder":
+            values.append(node.meta["val"])
+    module = fx.GraphModule(tensors, graph)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module, values
+
+
+def _own_stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
+    """The module stack with paths as the user's model names them."""
+    found = {}
+    for key, (path, *rest) in (node.meta.get("nn_module_stack") or {}).items():
+        path = path.removeprefix("L['self']").removeprefix(".")
+        path = path.removeprefix(WRAPPER).removeprefix(".") if path != WRAPPER else ""
+        if not path.startswith("_empty_nn_module_stack"):
+            found[key] = (path, *rest)
+    return found
+
+
+def _stored(exported: ExportedProgram, target: str) -> torch.Tensor:
+    found = exported.state_dict.get(target)
+    tensor = exported.constants[target] if found is None else found
+    return tensor.detach()
+
+
+def _name_inputs(module: fx.GraphModule, flat: list[Any], labels: list[str]) -> None:
+    """One placeholder for each input, also those that are not tensors, named as in the call."""
+    graph = module.graph
+    old = [n for n in graph.nodes if n.op == "placeholder"]
+    with graph.inserting_before(next(iter(graph.nodes))):
+        fresh = [graph.placeholder(re.sub(r"\W+", "_", label).strip("_")) for label in labels]
+    for node, value in zip(fresh, flat, strict=True):
+        node.meta["val"] = value
+    kept = (n for n, value in zip(fresh, flat, strict=True) if isinstance(value, torch.Tensor))
+    for node, replaced in zip(kept, old, strict=True):
+        node.meta = dict(replaced.meta)
+        replaced.replace_all_uses_with(node)
+        graph.erase_node(replaced)
+    module.recompile()
+
+
+def parameters(model: nn.Module) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names of the positional parameters of forward, and their defaults."""
+    found = inspect.signature(model.forward).parameters.values()
+    named = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return (tuple(p.name for p in named),
+            {p.name: p.default for p in found if p.default is not p.empty})
+
+
+def _labels(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    tops = [*itertools.islice(itertools.chain(names, (f"arg{i}" for i in itertools.count())),
+                              len(args)), *kwargs]
+    found = []
+    for top, value in zip(tops, [*args, *kwargs.values()], strict=True):
+        found += [top + pytree.keystr(path) for path, _ in pytree.tree_leaves_with_path(value)]
+    return found
+
+
+def _spec(name: str, value: torch.Tensor) -> InputSpec:
+    return InputSpec(name, value.dtype,
+                     tuple(s if isinstance(s, int) else str(s) for s in value.shape))
+
+
+def _ranges(exported: ExportedProgram, inputs: tuple[InputSpec, ...]) -> dict[str, tuple]:
+    """Least and greatest size of each symbol; a least size of 2 is torch's habit, not a fact."""
+    used = {s for spec in inputs for s in spec.shape if isinstance(s, str)}
+    found: dict[str, tuple[int, int | None]] = {name: (1, None) for name in used}
+    for symbol, limits in exported.range_constraints.items():
+        if str(symbol) in used:
+            low, high = limits.lower, limits.upper
+            found[str(symbol)] = (1 if low <= 2 else int(low),
+                                  None if not high.is_finite or high > 2**31 else int(high))
+    return found

@@ -1,0 +1,215 @@
+"""Reading and writing graphs: where a value comes from, and building nodes or values alike."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bincompile.program import attribute
+
+aten = torch.ops.aten
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+SIZES = (aten.sym_size.int, aten.sym_numel.default)
+
+
+def value_of(node: Any) -> Any:
+    """The fake value of a node; the argument itself if it is not a node."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """Sizes of a tensor node: ints and SymInts."""
+    return tuple(value_of(node).shape)
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether a node holds a tensor."""
+    return isinstance(node, fx.Node) and isinstance(value_of(node), torch.Tensor)
+
+
+def activations(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose value depends on the values of an input (not just on its sizes)."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or (
+                node.target not in SIZES and any(n in found for n in node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def number(graph_module: fx.GraphModule, arg: Any) -> float | None:
+    """A Python number, or the value of a stored or filled tensor of one element; else None."""
+    if isinstance(arg, bool | int | float):
+        return float(arg)
+    if not isinstance(arg, fx.Node):
+        return None
+    if arg.op == "get_attr":
+        tensor = attribute(graph_module, arg.target)
+        return float(tensor) if tensor.numel() == 1 and not tensor.dtype.is_complex else None
+    if arg.target in (aten.scalar_tensor.default, aten.full.default, aten.full_like.default):
+        fill = arg.args[0] if arg.target is aten.scalar_tensor.default else arg.args[1]
+        return number(graph_module, fill)
+    if arg.target in (aten._to_copy.default, aten.to.dtype, aten.reshape.default, aten.expand.default):
+        return number(graph_module, arg.args[0])
+    return None
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an aten node by name, defaults filled in."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    bound = {a.name: a.default_value for a in schema if a.has_default_value()}
+    bound.update(zip((a.name for a in schema), node.args, strict=False), **node.kwargs)
+    return bound
+
+
+class Build:
+    """Writes nodes into a graph before `at`, with fake values and the records of `like`."""
+
+    def __init__(self, graph: fx.Graph, at: fx.Node, like: fx.Node) -> None:
+        self.graph, self.at, self.like = graph, at, like
+        self.mode: FakeTensorMode | None = fake_mode(graph)
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of an operator; returns its node."""
+        with self.graph.inserting_before(self.at):
+            node = self.graph.call_function(target, args, kwargs)
+        node.meta = {k: v for k, v in self.like.meta.items()
+                     if k in ("nn_module_stack", "stack_trace")}
+        fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), value_of)
+        if self.mode is None:
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        else:
+            with self.mode, torch.no_grad():
+                node.meta["val"] = target(*fake_args, **fake_kwargs)
+        return node
+
+    def item(self, node: fx.Node, index: int) -> fx.Node:
+        """One result of a node that has several."""
+        return self.call(operator.getitem, node, index)
+
+    def size(self, node: fx.Node, axis: int) -> Any:
+        """The size of an axis: an int, or a node if it is symbolic."""
+        size = shape_of(node)[axis]
+        axis = axis % len(shape_of(node))
+        return size if isinstance(size, int) else self.call(aten.sym_size.int, node, axis)
+
+    def shape(self, node: fx.Node) -> tuple[Any, ...]:
+        """All sizes of a node."""
+        return tuple(self.size(node, axis) for axis in range(len(shape_of(node))))
+
+
+class Evaluate:
+    """The same interface on real tensors: what `Build` would write, run at once."""
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs an operator."""
+        return target(*args, **kwargs)
+
+    def item(self, value: Any, index: int) -> Any:
+        """One of several results."""
+        return value[index]
+
+    def size(self, tensor: torch.Tensor, axis: int) -> int:
+        """The size of an axis."""
+        return tensor.shape[axis]
+
+    def shape(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        """All sizes."""
+        return tuple(tensor.shape)
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
+    """The mode that the fake values of this graph belong to."""
+    for node in graph.nodes:
+        found = getattr(value_of(node), "fake_mode", None)
+        if found is not None:
+            return found
+    return None
+
+
+def between(outputs: tuple[fx.Node, ...], inputs: set[fx.Node]) -> list[fx.Node]:
+    """The nodes that compute `outputs` from `inputs`, in order; sizes of inputs stay outside."""
+    seen: set[fx.Node] = set()
+    pending = list(outputs)
+    while pending:
+        node = pending.pop()
+        if node in seen or node in inputs:
+            continue
+        seen.add(node)
+        pending += [n for n in node.all_input_nodes if is_tensor(n) or is_sequence(n)]
+    order = {n: i for i, n in enumerate(next(iter(seen)).graph.nodes)} if seen else {}
+    return sorted(seen, key=order.__getitem__)
+
+
+def is_sequence(node: fx.Node) -> bool:
+    """Whether a node holds several tensors (a split, for example)."""
+    return isinstance(value_of(node), tuple | list)
+
+
+def in_double(arg: Any) -> Any:
+    """An argument with float dtypes raised to float64, for proofs."""
+    if isinstance(arg, torch.dtype) and arg in FLOATS:
+        return torch.float64
+    if isinstance(arg, tuple | list):
+        return type(arg)(map(in_double, arg))
+    return arg
+
+
+def run_nodes(nodes: list[fx.Node], env: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """Run nodes on real values in float64; `env` holds the values that they read."""
+    for node in nodes:
+        args = in_double(fx.node.map_arg(node.args, env.__getitem__))
+        kwargs = {k: in_double(v)
+                  for k, v in fx.node.map_arg(dict(node.kwargs), env.__getitem__).items()}
+        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return env
+
+
+def copy_module(graph_module: fx.GraphModule,
+                tensors: Mapping[str, torch.Tensor] | None = None,
+                ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy of the graph that shares the stored tensors, and where each node went."""
+    graph, copies = fx.Graph(), {}
+    for node in graph_module.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    stored = {n.target: attribute(graph_module, n.target) for n in graph.nodes if n.op == "get_attr"}
+    return fx.GraphModule({**stored, **(tensors or {})}, graph), copies
+
+
+def store(graph_module: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:
+    """A new get_attr node at the head of the graph for a new stored tensor."""
+    taken = {n.target for n in graph_module.graph.nodes if n.op == "get_attr"}
+    unique = name
+    for index in range(1, len(taken) + 2):
+        if unique not in taken and not hasattr(graph_module, unique):
+            break
+        unique = f"{name}_{index}"
+    parent, _, leaf = unique.rpartition(".")
+    if parent and parent not in dict(graph_module.named_modules()):
+        graph_module.add_submodule(parent, torch.nn.Module())
+    graph_module.get_submodule(parent).register_buffer(leaf, tensor)
+    first = next(iter(graph_module.graph.nodes))
+    with graph_module.graph.inserting_before(first):
+        node = graph_module.graph.get_attr(unique)
+    mode = fake_mode(graph_module.graph)
+    node.meta["val"] = mode.from_tensor(tensor) if mode is not None else tensor
+    return node
+
+
+def finish(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Drop what nothing reads, check the graph, and make it callable again."""
+    graph_module.graph.eliminate_dead_code()
+    graph_module.delete_all_unused_submodules()
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module
+
+
+def users(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that read this one, except those that only ask for its sizes."""
+    return (n for n in node.users if n.target not in SIZES)

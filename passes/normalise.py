@@ -1,0 +1,149 @@
+"""Normalise: the same meaning in one spelling.
+
+Under `run_decompositions({})` copies and dropout in eval mode are `clone`; views may become
+reshapes; casts to the dtype that a value already has do nothing. A softmax written out as
+exp(x - max) / sum is the operator again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+from torch import fx
+
+from bincompile.passes.graph import (
+    arguments,
+    aten,
+    copy_module,
+    finish,
+    is_tensor,
+    number,
+    shape_of,
+    value_of,
+)
+from bincompile.program import Program
+
+IDENTITIES = (aten.clone.default, aten.contiguous.default, aten.alias.default,
+              aten.detach.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
+VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+ALIASING = (*VIEWS, aten.transpose.int, aten.permute.default, aten.expand.default,
+            aten.select.int, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim,
+            aten.squeeze.dims, aten.squeeze.default, aten.t.default, aten.mT.default,
+            aten.unflatten.int, aten.flatten.using_ints, operator.getitem, aten.split.Tensor,
+            aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
+
+
+def normalise(program: Program) -> Program:
+    """The program in normal spelling."""
+    module, _ = copy_module(program.graph_module)
+    for node in list(module.graph.nodes):
+        for rule in RULES:
+            kept = rule(module, node)
+            if kept is not None:
+                node.replace_all_uses_with(kept)
+                break
+    _detach_outputs(module)
+    return program.next(finish(module), "normal")
+
+
+def _drop_identity(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    if node.target in IDENTITIES:
+        return node.args[0]
+    if node.target is aten.dropout.default and node.args[2] is False:
+        return node.args[0]
+    return None
+
+
+def _drop_assertion(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    if node.target is aten._assert_tensor_metadata.default:
+        module.graph.erase_node(node)
+    return None
+
+
+def _drop_cast(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    casts = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.type_as.default)
+    if node.target not in casts or not is_tensor(node.args[0]):
+        return None
+    before, after = value_of(node.args[0]), value_of(node)
+    same = before.dtype == after.dtype and before.device == after.device
+    return node.args[0] if same else None
+
+
+def _view_to_reshape(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    if node.target in VIEWS:
+        node.target = aten.reshape.default
+    return None
+
+
+def _whole_softmax(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """exp(x - max(x, d)) / sum(exp, d) is softmax(x, d): both are nan on rows of -inf alone."""
+    if node.target is not aten.div.Tensor or not all(map(is_tensor, node.args)):
+        return None
+    top, total = node.args
+    if top.target is not aten.exp.default or total.target is not aten.sum.dim_IntList:
+        return None
+    sums, shifted = arguments(total), top.args[0]
+    if sums["self"] is not top or len(sums["dim"]) != 1 or not sums["keepdim"]:
+        return None
+    if shifted.target is not aten.sub.Tensor or len(shifted.args) != 2:
+        return None
+    scores, greatest = shifted.args
+    axis = sums["dim"][0] % len(shape_of(scores)) if is_tensor(scores) else None
+    if axis is None or _maximum_of(greatest) != (scores, axis):
+        return None
+    with module.graph.inserting_before(node):
+        whole = module.graph.call_function(aten.softmax.int, (scores, axis))
+    whole.meta = dict(node.meta)
+    return whole
+
+
+def _maximum_of(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """(x, d) where the node is the maximum of x along d, kept as an axis of size 1."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target is operator.getitem and node.args[1] == 0 \
+            and node.args[0].target is aten.max.dim:
+        node = node.args[0]
+    if node.target not in (aten.amax.default, aten.max.dim):
+        return None
+    found = arguments(node)
+    dims = found["dim"] if isinstance(found["dim"], list | tuple) else [found["dim"]]
+    if not found["keepdim"] or len(dims) != 1:
+        return None
+    return found["self"], dims[0] % len(shape_of(found["self"]))
+
+
+def _unit_factor(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """x * 1 and x / 1 are x, where dtype and shape stay."""
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or not is_tensor(node.args[0]) \
+            or isinstance(node.args[1], fx.Node) or number(module, node.args[1]) != 1.0:
+        return None
+    return node.args[0] if value_of(node.args[0]).dtype == value_of(node).dtype else None
+
+
+def _detach_outputs(module: fx.GraphModule) -> None:
+    """Copy outputs that would share memory with an input, a weight or another output."""
+    output = module.graph.output_node()
+    seen: set[fx.Node] = set()
+    fresh = []
+    for value in output.args[0]:
+        root = value
+        while isinstance(root, fx.Node) and root.target in ALIASING:
+            root = root.args[0]
+        shared = isinstance(root, fx.Node) and (
+            root.op in ("placeholder", "get_attr") or root in seen)
+        if shared and is_tensor(value):
+            with module.graph.inserting_before(output):
+                copied = module.graph.call_function(aten.clone.default, (value,))
+            copied.meta = dict(value.meta)
+            value = copied
+        if isinstance(root, fx.Node):
+            seen.add(root)
+        fresh.append(value)
+    output.args = (tuple(fresh),)
+
+
+Rule = Callable[[fx.GraphModule, fx.Node], fx.Node | None]
+RULES: tuple[Rule, ...] = (_drop_assertion, _drop_identity, _drop_cast, _view_to_reshape,
+                           _unit_factor, _whole_softmax)
