@@ -1,0 +1,69 @@
+"""Look-ups by torch's own kernels, without the operator's pass over the indices first.
+
+Torch finds a bad index while it looks up; only then is the operator's check made, to name it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bincompile.ops import OPERATORS, bits
+from bincompile.ops.embedding import check_indices
+from bincompile.runtime.kernels import Call, Kernel, host_reason
+
+
+def _supports(call: Call) -> str | None:
+    indices, table = call.value("indices"), call.value("table")
+    if indices.dtype not in (torch.int32, torch.int64):
+        return f"indices of dtype {indices.dtype}"
+    if table.ndim != 2:
+        return f"a table of rank {table.ndim}"
+    return host_reason(call)
+
+
+def _binder(look_up: Callable[..., torch.Tensor]) -> Callable[[Call], Callable[..., Any]]:
+    """Bind `look_up` (all arguments of the operator, in order) with its index errors named."""
+    def bind(call: Call) -> Callable[..., Any]:
+        names = call.operator.arguments
+        table, indices = names.index("table"), names.index("indices")
+
+        def checked(*arguments: Any) -> torch.Tensor:
+            try:
+                return look_up(*arguments)
+            except (IndexError, RuntimeError):
+                check_indices(arguments[indices], arguments[table].shape[0])
+                raise
+
+        return call.partial(checked)
+
+    return bind
+
+
+_SIGNS = bits.unpack(torch.arange(256, dtype=torch.uint8).unsqueeze(-1), 8, torch.float32)
+
+
+def _binary_rows(indices: torch.Tensor, table: torch.Tensor, row_scale: torch.Tensor,
+                 embedding_dim: int) -> torch.Tensor:
+    """Rows of signs, eight at a time from a table of the 256 bytes, times their scales."""
+    packed = torch.embedding(table, indices)
+    signs = torch.embedding(_SIGNS.to(row_scale.dtype), packed.int()).flatten(-2)
+    scales = torch.embedding(row_scale.unsqueeze(-1), indices)
+    return signs[..., :embedding_dim] * scales
+
+
+def _binary_supports(call: Call) -> str | None:
+    width = bits.packed_width(call.value("embedding_dim"))
+    table = call.value("table")
+    if table.dtype != torch.uint8 or table.ndim != 2 or table.shape[1] != width:
+        return f"a packed table {table.dtype} that isn't of {width} columns"
+    return _supports(call)
+
+
+embedding = Kernel("torch-embedding", "embedding", _supports, _binder(torch.embedding), 10)
+embedding_bag = Kernel("torch-embedding-bag", "embedding_bag", _supports,
+                       _binder(OPERATORS["embedding_bag"].reference), 10)
+binary_embedding = Kernel("torch-byte-table", "binary_embedding", _binary_supports,
+                          _binder(_binary_rows), 10)
