@@ -109,7 +109,7 @@ class Continual:
             return value
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return cls(window=value)
-        raise ConfigError(f"continual={value!r}", "None, a window length >= 1, or bc.Continual(...)",
+        raise ConfigError(f"continual={value!r}", "None, a window length, or bc.Continual(...)",
                           "the continual= argument of optimize")
 
 
@@ -161,7 +161,7 @@ class Target:
         usable = [name for name, _, needs in INSTRUCTION_SETS if set(needs) <= features]
         wanted = os.environ.get("BINCOMPILE_ISA")
         if wanted is not None and wanted != "none" and wanted not in usable:
-            raise ConfigError(f"BINCOMPILE_ISA={wanted!r}", f"one of {usable + ['none']}",
+            raise ConfigError(f"BINCOMPILE_ISA={wanted!r}", f"one of {[*usable, 'none']}",
                               "the environment variable BINCOMPILE_ISA")
         isa = "" if wanted == "none" else wanted or (usable[0] if usable else "")
         return cls("cpu", isa, tuple(sorted(features)))

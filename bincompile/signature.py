@@ -73,12 +73,12 @@ class Signature:
         for spec, value in zip(self.inputs, flat, strict=True):
             if spec.dtype is None:
                 if value is not spec.constant and value != spec.constant:
-                    raise InputTypeError(f"{spec.name}={value!r}", f"{spec.constant!r}, as captured",
+                    raise InputTypeError(f"{spec.name}={value!r}", f"{spec.constant!r}",
                                          f"{spec.name}, or pass the new value to optimize")
                 continue
             if not isinstance(value, torch.Tensor):
-                raise InputTypeError(f"{spec.name} is a {type(value).__name__}", f"a tensor: {spec}",
-                                     f"the input {spec.name}")
+                raise InputTypeError(f"{spec.name} is a {type(value).__name__}",
+                                     f"a tensor: {spec}", f"the input {spec.name}")
             if value.dtype != spec.dtype:
                 raise InputTypeError(f"{spec.name} of dtype {value.dtype}", f"{spec.dtype}",
                                      f"convert the input, e.g. {spec.name}.to({spec.dtype})")
@@ -93,8 +93,8 @@ class Signature:
         found = f"{spec.name} with size {size} in dimension {axis}"
         if isinstance(want, int):
             if size != want:
-                raise InputError(found, f"{want}: this size was fixed when the model was captured",
-                                 f"the input {spec.name}, or pass an example of this size to optimize")
+                raise InputError(found, f"{want}: this size was fixed by the capture",
+                                 f"{spec.name}, or pass an example of this size to optimize")
             return
         low, high = self.ranges.get(want, (0, None))
         if size < low or (high is not None and size > high):

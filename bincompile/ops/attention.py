@@ -16,11 +16,12 @@ MASKED_ROWS = ("nan", "zero")
 
 def _reference(query, key, value, bias, mask, scale, fill=None, causal=False,
                masked_row="nan", need_weights=False):
-    """softmax(query @ key^T * scale + bias, with `fill` (None: -inf) where not mask) @ value, and the weights.
+    """softmax(query @ key^T * scale + bias, `fill` where not mask) @ value, and the weights.
 
     query (..., M, D), key (..., N, D), value (..., N, E); bias is added, mask is True where a key
-    is kept; causal keeps key j of query i where j <= i. A row that is -inf everywhere gives nan,
-    or zeros with masked_row="zero". Without need_weights the second result is empty.
+    is kept (`fill` None: -inf); causal keeps key j of query i where j <= i. A row that is -inf
+    everywhere gives nan, or zeros with masked_row="zero". Without need_weights the second result
+    is empty.
     """
     scores = query @ key.mT * scale
     if bias is not None:
@@ -44,7 +45,7 @@ def _shape(query, key, value, bias, mask, scale, fill=None, causal=False, masked
     rows = (query.shape[-2], key.shape[-2])
     for extra in (bias, mask):
         if extra is not None:
-            *lead, m, n = torch.broadcast_shapes((*lead, *rows), extra.shape)
+            lead = torch.broadcast_shapes((*lead, *rows), extra.shape)[:-2]
     weights = value.new_empty((*lead, *rows)) if need_weights else query.new_empty(0)
     lead = torch.broadcast_shapes(tuple(lead), value.shape[:-2])
     return value.new_empty((*lead, query.shape[-2], value.shape[-1])), weights
@@ -60,7 +61,7 @@ def _check(query, key, value, bias, mask, scale, fill=None, causal=False, masked
         raise InputError(f"query with {query.shape[-1]} features, key with {key.shape[-1]}",
                          "the same number of features", "the query or the key")
     if key.shape[-2] != value.shape[-2]:
-        raise InputError(f"{key.shape[-2]} keys and {value.shape[-2]} values", "as many values as keys",
+        raise InputError(f"{key.shape[-2]} keys and {value.shape[-2]} values", "as many of each",
                          "the key or the value")
     if mask is not None and mask.dtype != torch.bool:
         raise InputError(f"mask of dtype {mask.dtype}", "bool, True where a key is kept",

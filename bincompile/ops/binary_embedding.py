@@ -34,8 +34,8 @@ def _check(indices, table, row_scale, embedding_dim):
 
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
-    for rows, columns, shape in ((1, 1, (3,)), (17, 13, (2, 5)), (40, 64, (0,)), (9, 100, (2, 1, 3)),
-                                 (5, 8, ())):
+    for rows, columns, shape in ((1, 1, (3,)), (17, 13, (2, 5)), (40, 64, (0,)), (5, 8, ()),
+                                 (9, 100, (2, 1, 3))):
         yield Sample((torch.randint(rows, shape, generator=generator),
                       bits.pack(torch.randn(rows, columns, generator=generator)),
                       torch.rand(rows, generator=generator), columns))
