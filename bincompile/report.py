@@ -112,6 +112,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def plain(value: Any) -> Any:
     """The value in types that JSON has; a number that is not finite becomes its name."""
+    if isinstance(value, Report):
+        return value.to_dict()
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

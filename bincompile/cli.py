@@ -1,0 +1,188 @@
+"""The command line: each verb is a thin call of the Python interface, `--json` on all."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bincompile.errors import BincompileError, ConfigError
+from bincompile.report import plain
+
+DONE, FAILED, MISUSED = 0, 1, 2  # exit codes: success, the work failed, the command is wrong
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a verb did: for a program to read, for a person to read, and whether it is good."""
+
+    document: dict[str, Any]
+    text: str
+    good: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """A word of the command line: its options and what it does."""
+
+    summary: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], Outcome]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns 0, 1 (the work failed) or 2 (the command is wrong).
+
+    Example:
+        >>> main(["inspect", "no-such-model"])  # the error goes to stderr
+        2
+    """
+    try:
+        options = _parser().parse_args(argv)
+        with contextlib.redirect_stdout(sys.stderr):  # a model that prints can't spoil the result
+            _set_threads(options)
+            outcome = VERBS[options.verb].run(options)
+    except BincompileError as error:
+        print(f"bincompile: {error}", file=sys.stderr)
+        return MISUSED if isinstance(error, ConfigError) else FAILED
+    print(json.dumps(plain(outcome.document), indent=2) if options.json else outcome.text)
+    return DONE if outcome.good else FAILED
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        usage = " ".join(self.format_usage().removeprefix("usage: ").split())
+        raise ConfigError(message, usage, f"see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="bincompile", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        options = verbs.add_parser(name, help=verb.summary, description=verb.summary)
+        options.add_argument("--json", action="store_true", help="print one JSON document")
+        verb.add_options(options)
+    return parser
+
+
+def _no_options(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def _add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=_positive, help="threads of torch and of our kernels")
+
+
+def _set_threads(options: argparse.Namespace) -> None:
+    threads = getattr(options, "threads", None)
+    if isinstance(threads, int):
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL",
+                        help="digits, minilm, bert, or path/to/file.py:factory, where factory() "
+                             "returns (model, args, kwargs)")
+    parser.add_argument("--binary", metavar="PRECISION", help="w1a32 or w1a1: lossy, guarded")
+    parser.add_argument("--layers", default="*", metavar="GLOB", help="layers to make binary")
+    parser.add_argument("--keep", action="append", default=[], metavar="GLOB",
+                        help="layers that stay float; can be repeated")
+    parser.add_argument("--calibration", metavar="FILE.py:FUNCTION",
+                        help="function that returns calibration= of bincompile.optimize")
+    parser.add_argument("--holdout", metavar="FILE.py:FUNCTION",
+                        help="function that returns holdout= of bincompile.optimize")
+    parser.add_argument("--no-guard", action="store_true",
+                        help="keep lossy rewrites whatever they cost")
+
+
+def _lossy_options(options: argparse.Namespace) -> dict[str, Any]:
+    from bincompile.config import Binary
+    from bincompile.source import call_factory
+
+    if options.binary is None:
+        return {}
+    asked: dict[str, Any] = {
+        "binary": Binary(options.binary, layers=options.layers, keep=tuple(options.keep))}
+    asked |= {name: call_factory(text) for name in ("calibration", "holdout")
+              if (text := getattr(options, name)) is not None}
+    return asked | ({"guard": None} if options.no_guard else {})
+
+
+def _demo(options: argparse.Namespace) -> Outcome:
+    from bincompile import demo
+
+    result = demo.run()
+    return Outcome(result, demo.text(result), demo.succeeded(result))
+
+
+def _inspect(options: argparse.Namespace) -> Outcome:
+    from bincompile.api import inspect
+    from bincompile.source import load_source
+
+    source = load_source(options.model)
+    report = inspect(source.model, source.args, source.kwargs, **_lossy_options(options))
+    return Outcome({"model": source.name, **report.to_dict()}, str(report))
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE",
+                        help="where to save the compiled model, e.g. out.bcz")
+
+
+def _optimize(options: argparse.Namespace) -> Outcome:
+    from bincompile.api import optimize
+    from bincompile.source import load_source
+
+    source = load_source(options.model)
+    compiled = optimize(source.model, source.args, source.kwargs, **_lossy_options(options))
+    compiled.save(options.output)
+    size = options.output.stat().st_size
+    document = {"model": source.name, "output": str(options.output), "bytes": size}
+    return Outcome(document | compiled.report.to_dict(),
+                   f"{compiled.report}\n\nsaved {options.output}: {size:,} bytes")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suite", nargs="?", default="kernels", metavar="SUITE",
+                        help="kernels (default), layers or import")
+    parser.add_argument("--threads", type=_positive, nargs="+", default=[1, 2], metavar="N",
+                        help="thread counts to measure (default: 1 2)")
+
+
+def _bench(options: argparse.Namespace) -> Outcome:
+    from bincompile import bench
+
+    result = bench.run(options.suite, options.threads)
+    return Outcome(result, bench.table(result))
+
+
+def _env(options: argparse.Namespace) -> Outcome:
+    from bincompile import environment
+
+    found = environment.describe()
+    return Outcome(found, environment.text(found))
+
+
+VERBS = {
+    "demo": Verb("compile a bundled binary model and measure it", _add_threads, _demo),
+    "inspect": Verb("what would be found, proven, rewritten and refused", _add_model, _inspect),
+    "optimize": Verb("compile a model and save it", _add_output, _optimize),
+    "bench": Verb("times against the float peers, measured in one run", _add_bench, _bench),
+    "env": Verb("versions, instruction set, kernels and why not", _no_options, _env),
+}
