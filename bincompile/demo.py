@@ -29,12 +29,11 @@ def run() -> dict[str, Any]:
     args, kwargs = digits.example_inputs()
     compiled = optimize(model, args, kwargs)
     candidates = {"float model": twin, "binary model": model, "compiled": compiled}
-    split = digits.test_split()
-    images = split[0]
+    tokens = digits.test_split()[0]
     with torch.inference_mode():
-        times = medians({name: _call(c, images) for name, c in candidates.items()})
-        single = medians({name: _call(c, images[:1]) for name, c in candidates.items()})
-        before, after = model(images).argmax(-1), compiled(images).argmax(-1)
+        times = medians({name: _call(c, tokens) for name, c in candidates.items()})
+        single = medians({name: _call(c, tokens[:1]) for name, c in candidates.items()})
+        before, after = model(tokens).argmax(-1), compiled(tokens).argmax(-1)
     return {
         "model": "digits",
         "threads": torch.get_num_threads(),
@@ -44,9 +43,9 @@ def run() -> dict[str, Any]:
                    "ms_one": single[name]}
             for name, c in candidates.items()
         },
-        "images": len(images),
+        "images": len(tokens),
         "identical_predictions": int((before == after).sum()),
-        "artifact": _round_trip(compiled, images),
+        "artifact": _round_trip(compiled, tokens),
     }
 
 
@@ -72,8 +71,8 @@ def succeeded(result: dict[str, Any]) -> bool:
             and result["artifact"]["same_bits"])
 
 
-def _call(candidate: Callable[..., Any], images: torch.Tensor) -> Callable[[], Any]:
-    return lambda: candidate(images)
+def _call(candidate: Callable[..., Any], tokens: torch.Tensor) -> Callable[[], Any]:
+    return lambda: candidate(tokens)
 
 
 def _bytes_of(candidate: Any) -> int:
@@ -84,9 +83,9 @@ def _bytes_of(candidate: Any) -> int:
     return sum(t.nbytes for t in candidate.state_dict().values())
 
 
-def _round_trip(compiled: Any, images: torch.Tensor) -> dict[str, Any]:
+def _round_trip(compiled: Any, tokens: torch.Tensor) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         path = Path(folder) / "digits.bcz"
         compiled.save(path)
-        same = torch.equal(load(path)(images), compiled(images))
+        same = torch.equal(load(path)(tokens), compiled(tokens))
         return {"bytes": path.stat().st_size, "same_bits": same}
