@@ -43,6 +43,7 @@ class Match:
         attrs: what is known of it: heads, scale, causal, ...
         node: name of the node that it ends in.
         evidence: the proof; None if it was not tried.
+        pattern: name of the pattern that found it.
     """
 
     operator: str
@@ -50,6 +51,7 @@ class Match:
     attrs: Mapping[str, Any]
     node: str
     evidence: Evidence | None = None
+    pattern: str = ""
 
     @property
     def validated(self) -> bool:

@@ -131,7 +131,7 @@ def dynamic_axes(tensors: tuple[torch.Tensor, ...]) -> tuple[dict[int, Any], ...
     """Which axes of each input may vary: the first two, and others of the same size."""
     sizes = {size for t in tensors for size in t.shape[:2]}
     return tuple({axis: Dim.AUTO for axis, size in enumerate(t.shape)
-                  if axis < 2 or size in sizes} for t in tensors)
+                  if size > 1 and (axis < 2 or size in sizes)} for t in tensors)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,180 @@
+"""Axes: which axes a product of two tensors contracts, and where its own axes go."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+from torch import fx
+
+from bincompile.passes.graph import SIZES, arguments, aten, is_tensor, shape_of
+from bincompile.passes.sizes import equal, product
+
+LAYOUTS = (aten.reshape.default, aten.transpose.int, aten.permute.default,
+           aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default,
+           aten.unflatten.int, aten.flatten.using_ints, aten.mT.default, aten.t.default)
+REGROUPS = (aten.reshape.default, aten.unflatten.int, aten.flatten.using_ints,
+            aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """A product of two tensors that sums over one axis.
+
+    Args:
+        left_axes: a label for each axis of the left operand.
+        right_axes: the same for the right one.
+        axes: labels of the result: batch axes, and one own axis of each operand.
+        added: what baddbmm adds, with its factor.
+    """
+
+    node: fx.Node
+    left: fx.Node
+    right: fx.Node
+    left_axes: tuple[str, ...]
+    right_axes: tuple[str, ...]
+    axes: tuple[str, ...]
+    factor: float = 1.0
+    added: tuple[fx.Node, float] | None = None
+
+    @property
+    def contracted(self) -> str:
+        """The label that both operands have and the result lacks."""
+        return next(a for a in self.left_axes if a in self.right_axes and a not in self.axes)
+
+    @property
+    def own(self) -> tuple[str, str]:
+        """The label that only the left operand has, and the one that only the right has."""
+        return (next(a for a in self.left_axes if a not in self.right_axes and a[0] != "*"),
+                next(a for a in self.right_axes if a not in self.left_axes and a[0] != "*"))
+
+    @property
+    def batch(self) -> tuple[str, ...]:
+        """Labels of the batch axes, in the order of the result."""
+        return tuple(a for a in self.axes if a not in self.own)
+
+
+def contraction(node: fx.Node) -> Contraction | None:
+    """The node as a contraction of two tensors over one axis, or None."""
+    if not isinstance(node, fx.Node) or node.op != "call_function":
+        return None
+    if node.target in (aten.matmul.default, aten.bmm.default):
+        return _matmul(node, *node.args)
+    if node.target is aten.baddbmm.default:
+        found = arguments(node)
+        added = (found["self"], float(found["beta"])) if found["beta"] != 0 else None
+        product_ = _matmul(node, found["batch1"], found["batch2"])
+        return product_ and dataclasses.replace(product_, factor=float(found["alpha"]), added=added)
+    if node.target is aten.einsum.default:
+        return _einsum(node)
+    return None
+
+
+def _matmul(node: fx.Node, left: fx.Node, right: fx.Node) -> Contraction | None:
+    ranks = len(shape_of(left)), len(shape_of(right))
+    if min(ranks) < 2:
+        return None
+    batch = tuple(f"*{i}" for i in reversed(range(max(ranks) - 2)))
+    lead = [batch[len(batch) - (rank - 2):] for rank in ranks]
+    return Contraction(node, left, right, (*lead[0], "m", "k"), (*lead[1], "k", "n"),
+                       (*batch, "m", "n"))
+
+
+def _einsum(node: fx.Node) -> Contraction | None:
+    equation, operands = node.args[0].replace(" ", ""), node.args[1]
+    if len(operands) != 2 or "->" not in equation or "." in equation:
+        return None
+    inputs, output = equation.split("->")
+    left, right = inputs.split(",")
+    summed = [a for a in left if a in right and a not in output]
+    own = ([a for a in left if a not in right], [a for a in right if a not in left])
+    distinct = all(len(set(labels)) == len(labels) for labels in (left, right, output))
+    if len(summed) != 1 or any(len(o) != 1 or o[0] not in output for o in own) or not distinct:
+        return None
+
+    def label(axes: str) -> tuple[str, ...]:
+        return tuple(f"*{a}" if a in left and a in right and a in output else a for a in axes)
+
+    return Contraction(node, operands[0], operands[1], label(left), label(right), label(output))
+
+
+def moved(node: fx.Node, positions: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Where axes of a layout operator's input stand in its output; None if one is changed."""
+    before, after = shape_of(node.args[0]), shape_of(node)
+    target, rank = node.target, len(before)
+    if target in (aten.transpose.int, aten.mT.default, aten.t.default):
+        pair = node.args[1:] if target is aten.transpose.int else (-2, -1)
+        swap = {pair[0] % rank: pair[1] % rank, pair[1] % rank: pair[0] % rank}
+        return tuple(swap.get(p, p) for p in positions)
+    if target is aten.permute.default:
+        order = [d % rank for d in node.args[1]]
+        return tuple(order.index(p) for p in positions)
+    if target is aten.expand.default:
+        shift = len(after) - rank
+        kept = all(equal(before[p], after[p + shift]) for p in positions)
+        return tuple(p + shift for p in positions) if kept else None
+    if target in REGROUPS:
+        found = tuple(_regrouped(before, after, p) for p in positions)
+        return None if None in found else found  # type: ignore[return-value]
+    return None
+
+
+def _regrouped(before: tuple[Any, ...], after: tuple[Any, ...], position: int) -> int | None:
+    lead = product(before[:position])
+    for index, size in enumerate(after):
+        if equal(size, before[position]) and equal(product(after[:index]), lead):
+            return index
+    return None
+
+
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
+# How a value is followed back to the projection that made it: operators that keep their axes,
+# and which argument to follow.
+POINTWISE = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor,
+             aten._to_copy.default, aten.to.dtype, aten.neg.default, aten.relu.default,
+             aten.gelu.default, aten.silu.default, aten.layer_norm.default, aten.rms_norm.default)
+
+
+def source(node: fx.Node, axis: int) -> tuple[fx.Node, int]:
+    """The node and axis that an axis of a value comes from, through layout and pointwise steps."""
+    axis %= len(shape_of(node))
+    for _ in range(200):
+        if node.op != "call_function" or node.target in SIZES:
+            break
+        if node.target in LAYOUTS:
+            before = shape_of(node.args[0])
+            found = next((a for a in range(len(before)) if moved(node, (a,)) == (axis,)), None)
+            if found is None:
+                found = _outer(node, axis)
+            if found is None:
+                break
+            node, axis = node.args[0], found
+        elif node.target is operator.getitem and node.args[0].target in SPLITS:
+            split = node.args[0]
+            if split.target is aten.unbind.int:
+                axis += axis >= (arguments(split)["dim"] % len(shape_of(split.args[0])))
+            node = split.args[0]
+        elif node.target is aten.select.int:
+            axis += axis >= node.args[1] % len(shape_of(node.args[0]))
+            node = node.args[0]
+        elif node.target in POINTWISE and is_tensor(node.args[0]) \
+                and len(shape_of(node.args[0])) == len(shape_of(node)):
+            node = node.args[0]
+        else:
+            break
+    return node, axis
+
+
+def _outer(node: fx.Node, axis: int) -> int | None:
+    """The axis before a split of one axis into several, of which `axis` is one."""
+    before, after = shape_of(node.args[0]), shape_of(node)
+    if node.target not in REGROUPS:
+        return None
+    for index in range(len(before)):
+        for start in range(axis + 1):
+            for stop in range(axis + 1, len(after) + 1):
+                if equal(product(after[:start]), product(before[:index])) \
+                        and equal(product(after[start:stop]), before[index]):
+                    return index
+    return None

@@ -1,0 +1,139 @@
+"""Attention written with a softmax, in any order of scale, mask and layout steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import fx, nn
+
+from bincompile.passes.attention import around_softmax
+from bincompile.passes.graph import aten
+from bincompile.passes.patterns import Candidate, Context, Example, Pattern
+from bincompile.record import Refusal
+
+SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+
+
+def _match(node: fx.Node, context: Context) -> Candidate | Refusal | None:
+    row = "zero" if node.target is aten._safe_softmax.default else "nan"
+    return around_softmax(node, node.args[1], row, context)
+
+
+Core = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class HandWritten(nn.Module):
+    """Self-attention around a core `(q, k, v) -> out` over (batch, heads, tokens, features)."""
+
+    def __init__(self, core: Core, heads: int = 4, features: int = 32) -> None:
+        super().__init__()
+        self.core, self.heads = core, heads
+        self.q, self.k, self.v, self.out = (nn.Linear(features, features) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for layer in (self.q, self.k, self.v))
+        return self.out(self.core(q, k, v).transpose(1, 2).flatten(-2))
+
+
+def _plain(q, k, v):
+    return torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), -1) @ v
+
+
+def _scaled_query(q, k, v):
+    return torch.softmax((q * 0.3) @ k.mT, dim=3, dtype=torch.float32).to(v.dtype) @ v
+
+
+def _added_mask(q, k, v):
+    mask = torch.full((q.shape[2], k.shape[2]), -math.inf).triu(1)
+    return torch.softmax(q @ k.mT * 0.3 + mask, -1) @ v
+
+
+def _mask_before_scale(q, k, v):
+    mask = torch.linspace(-1, 1, q.shape[1])[:, None, None]
+    return torch.softmax((q @ k.mT + mask * torch.ones(1, q.shape[2], k.shape[2])) * 0.3, -1) @ v
+
+
+def _filled_mask(q, k, v):
+    kept = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    return torch.softmax((q @ k.mT * 0.3).masked_fill(~kept, -1e9), -1) @ v
+
+
+def _where_mask(q, k, v):
+    kept = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+    return torch.softmax(torch.where(kept, q @ k.mT, -math.inf), -1) @ v
+
+
+def _transposed(q, k, v):
+    return (v.mT @ torch.softmax(k @ q.mT * 0.3, -2)).mT
+
+
+def _einsum(q, k, v):
+    scores = torch.einsum("bhid,bhjd->bijh", q, k) * 0.3
+    return torch.einsum("bijh,bhjd->bhid", torch.softmax(scores, 2), v)
+
+
+def _merged_heads(q, k, v):
+    b, h, n, d = q.shape
+    q, k, v = (t.reshape(b * h, n, d) for t in (q, k, v))
+    scores = torch.baddbmm(torch.zeros(1, 1, n), q, k.mT, beta=1, alpha=0.3)
+    return torch.bmm(torch.softmax(scores, -1), v).view(b, h, n, d)
+
+
+def _regrouped(q, k, v):
+    b, h, n, _ = q.shape
+    bias = torch.linspace(-1, 1, h * n * n).view(h, n, n)
+    scores = (q * 0.3).flatten(0, 1) @ k.flatten(0, 1).mT
+    scores = (scores.view(b, h, n, n) + bias).view(b * h, n, n)
+    return (torch.softmax(scores, -1) @ v.flatten(0, 1)).view(b, h, n, -1)
+
+
+def _learned_scale(q, k, v):
+    temperature = torch.linspace(0.1, 1.0, q.shape[1])[:, None, None]
+    return torch.softmax(q @ k.mT * temperature, -1) @ v
+
+
+def _written_out(q, k, v):
+    scores = q @ k.mT * 0.3
+    powers = torch.exp(scores - scores.amax(-1, keepdim=True))
+    return (powers / powers.sum(-1, keepdim=True)) @ v
+
+
+def _over_queries(q, k, v):
+    return torch.softmax(q @ k.mT * 0.3, 2) @ v
+
+
+def _over_heads(q, k, v):
+    return torch.softmax(q @ k.mT * 0.3, 1) @ v
+
+
+def _over_batch(q, k, v):
+    return torch.softmax(q @ k.mT * 0.3, 0) @ v
+
+
+def _over_channels(q, k, v):
+    return (torch.softmax(q.mT @ k * 0.3, -1) @ v.mT).mT
+
+
+def _relu_scores(q, k, v):
+    return torch.softmax(torch.relu(q @ k.mT), -1) @ v
+
+
+def _router(q, k, v):
+    return torch.softmax(q.sum(-1, keepdim=True), -1) * v
+
+
+def _example(core: Core) -> Example:
+    return Example(lambda: HandWritten(core), lambda: (torch.randn(2, 6, 32),))
+
+
+softmax_attention = Pattern(
+    "softmax_attention", "attention", SOFTMAXES, _match,
+    examples=tuple(map(_example, (
+        _plain, _scaled_query, _added_mask, _mask_before_scale, _filled_mask, _where_mask,
+        _transposed, _einsum, _merged_heads, _regrouped, _learned_scale, _written_out))),
+    near_misses=tuple(map(_example, (
+        _over_queries, _over_heads, _over_batch, _over_channels, _relu_scores, _router))),
+)

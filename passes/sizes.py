@@ -1,0 +1,63 @@
+"""Symbolic sizes: numbers for them, and what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from bincompile.passes.graph import value_of
+
+Assignment = Mapping[sympy.Symbol, int]
+
+# What the sizes of a proof are, by order of the symbols' values in the example: distinct and
+# small; the same a size further; and one of them 1.
+DRAWS = ((2, 5, 7, 3, 11, 13), (3, 4, 6, 9, 5, 8), (2, 1, 1, 1, 1, 1))
+
+
+def symbols(nodes: Iterable[fx.Node]) -> dict[sympy.Symbol, int]:
+    """The symbols in the sizes of these nodes, and the values that they had in the example."""
+    found: dict[sympy.Symbol, int] = {}
+    for node in nodes:
+        value = value_of(node)
+        sizes = value.shape if isinstance(value, torch.Tensor) else [value]
+        for size in sizes:
+            if isinstance(size, torch.SymInt):
+                values = size.node.shape_env.backed_var_to_val
+                found.update((s, int(values[s])) for s in size.node.expr.free_symbols
+                             if s in values)
+    return dict(sorted(found.items(), key=lambda item: str(item[0])))
+
+
+def assignments(nodes: Iterable[fx.Node]) -> list[dict[sympy.Symbol, int]]:
+    """Numbers for the symbols: small ones, equal where the example's were, then the example's."""
+    example = symbols(nodes)
+    if not example:
+        return [{}]
+    order = sorted(set(example.values()))
+    draws = [{s: draw[order.index(v) % len(draw)] for s, v in example.items()} for draw in DRAWS]
+    return [*draws, example]
+
+
+def concrete(size: Any, numbers: Assignment) -> int:
+    """A size as a number."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return int(size.node.expr.xreplace(dict(numbers)))
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Whether two sizes are known to be equal whatever the symbols are."""
+    return statically_known_true(left == right)
+
+
+def product(sizes: Iterable[Any]) -> Any:
+    """The product of sizes."""
+    total: Any = 1
+    for size in sizes:
+        total = total * size
+    return total

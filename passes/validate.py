@@ -1,0 +1,222 @@
+"""Validate: a match is a guess; a float64 comparison of both forms decides.
+
+The subgraph is cut between the inputs and outputs of the candidate, and run beside what would
+stand in its place on random and adversarial inputs: zeros, +-1e4, equal rows, masks of -inf, a
+fully masked row, axes of length 1. Identical subgraphs share one proof.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from bincompile.passes.graph import Evaluate, between, is_sequence, is_tensor, run_nodes, value_of
+from bincompile.passes.patterns import Candidate
+from bincompile.passes.sizes import Assignment, assignments, concrete
+from bincompile.program import attribute
+from bincompile.record import Evidence
+
+LIMIT = 1e-9
+SEEDS = (0, 1, 2)
+FLOOR = 1e-3  # errors of smaller values are counted relative to this
+ROWS = 64  # rows of a table in a proof: look-ups don't depend on how many there are
+
+Values = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One kind of input: what it makes of the random values, and its limit.
+
+    Values of 1e4 make scores of 1e9, whose own rounding in float64 is 1e-7.
+    """
+
+    name: str
+    change: Callable[[str, torch.Tensor], torch.Tensor]
+    limit: float = LIMIT
+
+
+def _zeros(role: str, value: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(value)
+
+
+def _huge(role: str, value: torch.Tensor) -> torch.Tensor:
+    return value if role.startswith("factor") else torch.where(value >= 0, 1e4, -1e4)
+
+
+def _equal_rows(role: str, value: torch.Tensor) -> torch.Tensor:
+    return value[..., :1, :].expand_as(value).clone() if value.ndim > 1 else value
+
+
+def _same(role: str, value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def _masked(role: str, value: torch.Tensor) -> torch.Tensor:
+    """-inf on a third of an added mask, and on the whole of its first row."""
+    if not role.startswith("bias") or value.ndim == 0:
+        return value
+    value = torch.where(value.abs() < 0.4, -math.inf, value)
+    value.view(-1, value.shape[-1])[:1] = -math.inf
+    return value
+
+
+TRIALS = (*(Trial(f"random {seed}", _same) for seed in SEEDS), Trial("zeros", _zeros),
+          Trial("1e4", _huge, 1e-4), Trial("equal rows", _equal_rows), Trial("masked", _masked))
+OTHER_SIZES = (TRIALS[0], TRIALS[-1])  # after the first sizes at which the subgraph runs
+
+
+def signature_of(candidate: Candidate, graph_module: fx.GraphModule) -> str:
+    """A text that is equal for identical subgraphs."""
+    inputs = {n: role for role, n in candidate.inputs.items()}
+    nodes = between(candidate.outputs, set(inputs.keys()))
+    names = {**{n: f"%{role}" for n, role in inputs.items()},
+             **{n: f"%{i}" for i, n in enumerate(nodes)}}
+    sizes: dict[str, str] = {}
+    lines = [f"{role}: {_described(n, sizes)}" for role, n in candidate.inputs.items()]
+    for node in nodes:
+        if node.op == "get_attr":
+            stored = attribute(graph_module, node.target)
+            content = stored.tolist() if stored.numel() <= 16 else f"stored {node.target}"
+            lines.append(f"{names[node]} = {content}")
+            continue
+        shown = fx.node.map_arg((node.args, dict(node.kwargs)),
+                                lambda n: names.get(n) or _described(n, sizes))
+        lines.append(f"{names[node]} = {node.target}{shown}")
+    return "\n".join([*lines, str([names[o] for o in candidate.outputs])])
+
+
+def _described(node: fx.Node, sizes: dict[str, str]) -> str:
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        return _renamed(value, sizes)
+    return f"{value.dtype}{[_renamed(s, sizes) for s in value.shape]}"
+
+
+def _renamed(size: Any, sizes: dict[str, str]) -> str:
+    if isinstance(size, torch.SymInt):
+        hint = size.node.hint
+        return sizes.setdefault(str(size.node.expr), f"s{len(sizes)}") + f"={hint}"
+    return str(size)
+
+
+def validate(candidate: Candidate, graph_module: fx.GraphModule) -> Evidence | str:
+    """The evidence, or why there is none."""
+    start = time.perf_counter()
+    nodes = between(candidate.outputs, set(candidate.inputs.values()))
+    reads = {n for node in nodes for n in node.all_input_nodes} | set(candidate.inputs.values())
+    error, tried = 0.0, 0
+    trials: tuple[Trial, ...] = TRIALS
+    for numbers in assignments([*reads, *nodes]):
+        for trial in trials:
+            outcome = _try(candidate, graph_module, nodes, reads, numbers, trial)
+            if isinstance(outcome, str):
+                return outcome
+            if outcome is None:
+                break
+            tried += 1
+            error = max(error, outcome * LIMIT / trial.limit)
+        trials = OTHER_SIZES if tried else TRIALS
+    if not tried:
+        return "the subgraph could not be run on its own at any sizes"
+    milliseconds = (time.perf_counter() - start) * 1e3
+    return Evidence(tried, SEEDS[0], "float64", error, LIMIT, milliseconds)
+
+
+def _try(candidate: Candidate, graph_module: fx.GraphModule, nodes: list[fx.Node],
+         reads: set[fx.Node], numbers: Assignment, trial: Trial) -> float | str | None:
+    """The error of one trial, None where the model itself can't run at these sizes."""
+    generator = torch.Generator().manual_seed(int(trial.name[-1]) if trial.name[-1].isdigit() else 0)
+    values: Values = {role: _draw(role, node, numbers, trial, generator, candidate.attrs.get("padding_idx"))
+                      for role, node in candidate.inputs.items()}
+    _fit_indices(values)
+    env: dict[fx.Node, Any] = {n: values[role] for role, n in candidate.inputs.items()}
+    for node in reads | set(nodes):
+        if node in env or is_sequence(node):
+            continue
+        if node.op == "get_attr":
+            stored = attribute(graph_module, node.target)
+            env[node] = stored.double() if stored.dtype.is_floating_point else stored
+        elif not is_tensor(node):
+            env[node] = concrete(value_of(node), numbers)
+    with torch.no_grad():
+        try:
+            run_nodes([n for n in nodes if n.op == "call_function"], env)
+        except Exception:  # sizes that the model itself does not allow prove nothing
+            return None
+        expected = [env[o] for o in candidate.outputs]
+        try:
+            found = candidate.emit(Evaluate(), values)
+        except Exception as error:
+            return f"the rewritten form fails where the model runs: {error}"
+    return _compare(expected, found, trial)
+
+
+def _compare(expected: list[torch.Tensor], found: tuple[torch.Tensor, ...],
+             trial: Trial) -> float | str:
+    worst = 0.0
+    for left, right in zip(expected, found, strict=True):
+        if left.shape != right.shape:
+            return f"shape {tuple(right.shape)} where the model gives {tuple(left.shape)}"
+        error = difference(left, right)
+        if error > trial.limit:
+            return f"error {error:.2g} on inputs of kind '{trial.name}', allowed {trial.limit:.0e}"
+        worst = max(worst, error)
+    return worst
+
+
+def difference(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Largest difference relative to the largest finite value; inf where nan or inf differ."""
+    if left.numel() == 0:
+        return 0.0
+    if not left.dtype.is_floating_point:
+        return 0.0 if torch.equal(left, right.to(left.dtype)) else math.inf
+    left, right = left.double(), right.double()
+    finite = left.isfinite()
+    if not torch.equal(finite, right.isfinite()) or not torch.equal(
+            left[~finite].nan_to_num(), right[~finite].nan_to_num()):
+        return math.inf
+    if not bool(finite.any()):
+        return 0.0
+    scale = max(FLOOR, float(left[finite].abs().max()))
+    return float((left[finite] - right[finite]).abs().max()) / scale
+
+
+def _draw(role: str, node: fx.Node, numbers: Assignment, trial: Trial,
+          generator: torch.Generator, padding: int | None) -> Any:
+    fake = value_of(node)
+    if not isinstance(fake, torch.Tensor):
+        return concrete(fake, numbers)
+    shape = [concrete(s, numbers) for s in fake.shape]
+    if role == "table":
+        shape[0] = min(shape[0], max(ROWS, 1 + (padding or 0)))
+    if fake.dtype == torch.bool:
+        kept = torch.rand(shape, generator=generator) > 0.4
+        if trial.name == "masked" and kept.ndim:
+            kept.view(-1, kept.shape[-1])[:1] = False
+            kept.view(-1, kept.shape[-1])[-1:] = True
+        return kept
+    if not fake.dtype.is_floating_point:
+        return torch.randint(2**31, shape, generator=generator).to(fake.dtype)
+    return trial.change(role, torch.randn(shape, generator=generator, dtype=torch.float64))
+
+
+def _fit_indices(values: Values) -> None:
+    """Bring drawn indices into their table, its first and last row among them, and bags in order."""
+    if "indices" not in values:
+        return
+    rows, indices = values["table"].shape[0], values["indices"] % values["table"].shape[0]
+    flat = indices.view(-1)
+    flat[:1], flat[-1:] = 0, rows - 1
+    values["indices"] = indices
+    if "offsets" in values:
+        count = flat.numel()
+        offsets = torch.sort(values["offsets"] % (count + 1))[0]
+        offsets[:1], offsets[1:][-1:] = 0, count
+        values["offsets"] = offsets
