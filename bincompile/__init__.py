@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         InputError,
         InputTypeError,
         KernelError,
+        MissingPackageError,
         ProofError,
     )
     from bincompile.program import Program
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
 __all__ = [
     "AccuracyError", "AccuracyUnknownError", "ArtifactError", "Binary", "BincompileError",
     "CaptureError", "CompiledModel", "ConfigError", "Continual", "ContinualError", "Guard",
-    "InputError", "InputTypeError", "KernelError", "Program", "ProofError", "Report", "Target",
-    "__version__", "inspect", "load", "nn", "optimize",
+    "InputError", "InputTypeError", "KernelError", "MissingPackageError", "Program", "ProofError",
+    "Report", "Target", "__version__", "inspect", "load", "nn", "optimize",
 ]
 
 _HOMES = {  # the module that holds a public name; bincompile.errors holds the others

@@ -32,6 +32,10 @@ class ConfigError(BincompileError, ValueError):
     """An option of `optimize` or of a layer is not one that exists."""
 
 
+class MissingPackageError(BincompileError, ImportError):
+    """An optional package is not installed."""
+
+
 class CaptureError(BincompileError, RuntimeError):
     """The model can't be turned into a graph."""
 
