@@ -134,8 +134,8 @@ def _inspect(options: argparse.Namespace) -> Outcome:
     from bincompile.api import inspect
     from bincompile.source import load_source
 
-    source = load_source(options.model)
-    report = inspect(source.model, source.args, source.kwargs, **_lossy_options(options))
+    asked, source = _lossy_options(options), load_source(options.model)
+    report = inspect(source.model, source.args, source.kwargs, **asked)
     return Outcome({"model": source.name, **report.to_dict()}, str(report))
 
 
@@ -149,8 +149,8 @@ def _optimize(options: argparse.Namespace) -> Outcome:
     from bincompile.api import optimize
     from bincompile.source import load_source
 
-    source = load_source(options.model)
-    compiled = optimize(source.model, source.args, source.kwargs, **_lossy_options(options))
+    asked, source = _lossy_options(options), load_source(options.model)
+    compiled = optimize(source.model, source.args, source.kwargs, **asked)
     compiled.save(options.output)
     size = options.output.stat().st_size
     document = {"model": source.name, "output": str(options.output), "bytes": size}

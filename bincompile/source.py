@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ from bincompile.errors import BincompileError, ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model with example inputs and, for a bundled one, its own evaluation."""
+    """A model with the inputs of an example call."""
 
     name: str
     model: torch.nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    evaluate: Callable[[Any], dict[str, Any]] | None = None
 
 
 def load_source(text: str) -> Source:
@@ -40,7 +38,8 @@ def load_source(text: str) -> Source:
 
     if text in models.NAMES:
         bundled = importlib.import_module(f"bincompile.models.{text}")
-        return Source(text, bundled.build(), *bundled.example_inputs(), bundled.evaluate)
+        args, kwargs = bundled.example_inputs()
+        return Source(text, bundled.build(), args, kwargs)
     if ":" in text:
         made = call_factory(text)
         if isinstance(made, tuple) and len(made) == 3 and isinstance(made[0], torch.nn.Module):
