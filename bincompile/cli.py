@@ -45,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(argv)
         with contextlib.redirect_stdout(sys.stderr):  # a model that prints can't spoil the result
-            _set_threads(options)
             outcome = VERBS[options.verb].run(options)
     except BincompileError as error:
         print(f"bincompile: {error}", file=sys.stderr)
@@ -86,14 +85,6 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, help="threads of torch and of our kernels")
 
 
-def _set_threads(options: argparse.Namespace) -> None:
-    threads = getattr(options, "threads", None)
-    if isinstance(threads, int):
-        import torch
-
-        torch.set_num_threads(threads)
-
-
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL",
                         help="digits, minilm, bert, or path/to/file.py:factory, where factory() "
@@ -124,8 +115,12 @@ def _lossy_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _demo(options: argparse.Namespace) -> Outcome:
+    import torch
+
     from bincompile import demo
 
+    if options.threads:
+        torch.set_num_threads(options.threads)
     result = demo.run()
     return Outcome(result, demo.text(result), demo.succeeded(result))
 
@@ -159,17 +154,21 @@ def _optimize(options: argparse.Namespace) -> Outcome:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", nargs="?", default="kernels", metavar="SUITE",
-                        help="kernels (default), layers or import")
+    parser.add_argument("what", nargs="?", default="kernels", metavar="SUITE | MODEL | FILE.bcz",
+                        help="kernels (default), layers or import; or a model to time compiled "
+                             "against as it is; or a saved one")
     parser.add_argument("--threads", type=_positive, nargs="+", default=[1, 2], metavar="N",
-                        help="thread counts to measure (default: 1 2)")
+                        help="numbers of threads to measure with (default: 1 2)")
 
 
 def _bench(options: argparse.Namespace) -> Outcome:
-    from bincompile import bench
+    from bincompile import bench, bench_model
 
-    result = bench.run(options.suite, options.threads)
-    return Outcome(result, bench.table(result))
+    if options.what in bench.SUITES:
+        result = bench.run(options.what, options.threads)
+        return Outcome(result, bench.table(result))
+    result = bench_model.run(options.what, options.threads)
+    return Outcome(result, bench_model.text(result))
 
 
 def _env(options: argparse.Namespace) -> Outcome:
