@@ -35,8 +35,6 @@ def module_of(file: Path) -> str:
     return ".".join(["bincompile", *(n for n in names if n != "__init__")])
 
 
-PUBLIC = {name: getattr(bincompile, name).__module__
-          for name in bincompile.__all__ if name not in ("__version__", "nn")}
 MODULES = [m for m in map(module_of, sources()) if not m.endswith("__main__")]
 
 
@@ -58,6 +56,16 @@ def tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text())
 
 
+@functools.cache
+def public_names() -> dict[str, str]:
+    """The public names and their modules, as `bincompile/__init__.py` tells type checkers."""
+    body = tree(ROOT / "bincompile" / "__init__.py").body
+    block = next(n for n in body
+                 if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
+    return {alias.name: node.module or "" for node in block.body
+            if isinstance(node, ast.ImportFrom) for alias in node.names}
+
+
 def imports(root: ast.AST) -> Iterator[str]:
     """Every module that the code under `root` imports, type-checking blocks left out."""
     for node in ast.iter_child_nodes(root):
@@ -73,8 +81,8 @@ def imports(root: ast.AST) -> Iterator[str]:
 
 def _origin(module: str, name: str) -> str:
     """The module that `from module import name` reads: `module.name` where that is a module."""
-    if module == "bincompile" and name in PUBLIC:
-        return PUBLIC[name]
+    if module == "bincompile" and name in public_names():
+        module = public_names()[name]
     return f"{module}.{name}" if f"{module}.{name}" in MODULES else module
 
 
@@ -137,13 +145,8 @@ def test_what_a_user_calls_has_an_example(name: str) -> None:
 
 
 def test_the_names_for_checkers_are_the_names_at_run_time() -> None:
-    body = tree(ROOT / "bincompile" / "__init__.py").body
-    block = next(n for n in body
-                 if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING")
-    typed = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom)
-             for alias in node.names}
-    assert set(typed) | {"__version__"} == set(bincompile.__all__)
-    for name, module in typed.items():
+    assert set(public_names()) | {"__version__"} == set(bincompile.__all__)
+    for name, module in public_names().items():
         if name != "nn":
             assert getattr(bincompile, name) is getattr(importlib.import_module(module), name)
 
