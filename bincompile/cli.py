@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,8 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BincompileError as error:
         print(f"bincompile: {error}", file=sys.stderr)
         return MISUSED if isinstance(error, ConfigError) else FAILED
-    print(json.dumps(plain(outcome.document), indent=2) if options.json else outcome.text)
+    _show(json.dumps(plain(outcome.document), indent=2) if options.json else outcome.text)
     return DONE if outcome.good else FAILED
+
+
+def _show(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

@@ -180,6 +180,15 @@ def test_python_m_bincompile_is_the_command() -> None:
     assert json.loads(found.stdout)["versions"]["bincompile"] == bc.__version__
 
 
+def test_a_reader_that_stops_early_sees_no_traceback() -> None:
+    with subprocess.Popen([sys.executable, "-m", "bincompile", "env"], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+    assert process.returncode == cli.DONE
+
+
 @pytest.mark.slow
 def test_inspect_minilm_finds_six_attentions_and_three_look_ups(
         capsys: pytest.CaptureFixture[str]) -> None:
