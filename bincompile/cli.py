@@ -97,8 +97,14 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL",
                         help="digits, minilm, bert, or path/to/file.py:factory, where factory() "
                              "returns (model, args, kwargs)")
+
+
+def _add_optimize(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE",
+                        help="where to save the compiled model, e.g. out.bcz")
     parser.add_argument("--binary", metavar="PRECISION", help="w1a32 or w1a1: lossy, guarded")
-    parser.add_argument("--layers", default="*", metavar="GLOB", help="layers to make binary")
+    parser.add_argument("--layers", metavar="GLOB", help="layers to make binary (default: all)")
     parser.add_argument("--keep", action="append", default=[], metavar="GLOB",
                         help="layers that stay float; can be repeated")
     parser.add_argument("--calibration", metavar="FILE.py:FUNCTION",
@@ -109,17 +115,24 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
                         help="keep lossy rewrites whatever they cost")
 
 
+LOSSY_OPTIONS = ("layers", "keep", "calibration", "holdout", "no_guard")
+
+
 def _lossy_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `optimize` that make float layers binary; none without --binary."""
     from bincompile.config import Binary
     from bincompile.source import call_factory
 
     if options.binary is None:
+        idle = [f"--{name.replace('_', '-')}" for name in LOSSY_OPTIONS if getattr(options, name)]
+        if idle:
+            raise ConfigError(f"{', '.join(idle)} without --binary", "--binary w1a32 or w1a1",
+                              "add --binary, or leave the others out")
         return {}
-    asked: dict[str, Any] = {
-        "binary": Binary(options.binary, layers=options.layers, keep=tuple(options.keep))}
-    asked |= {name: call_factory(text) for name in ("calibration", "holdout")
-              if (text := getattr(options, name)) is not None}
-    return asked | ({"guard": None} if options.no_guard else {})
+    data = {name: call_factory(text) for name in ("calibration", "holdout")
+            if (text := getattr(options, name))}
+    binary = Binary(options.binary, layers=options.layers or "*", keep=tuple(options.keep))
+    return {"binary": binary, **data, **({"guard": None} if options.no_guard else {})}
 
 
 def _demo(options: argparse.Namespace) -> Outcome:
@@ -137,15 +150,9 @@ def _inspect(options: argparse.Namespace) -> Outcome:
     from bincompile.api import inspect
     from bincompile.source import load_source
 
-    asked, source = _lossy_options(options), load_source(options.model)
-    report = inspect(source.model, source.args, source.kwargs, **asked)
+    source = load_source(options.model)
+    report = inspect(source.model, source.args, source.kwargs)
     return Outcome({"model": source.name, **report.to_dict()}, str(report))
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE",
-                        help="where to save the compiled model, e.g. out.bcz")
 
 
 def _optimize(options: argparse.Namespace) -> Outcome:
@@ -189,7 +196,7 @@ def _env(options: argparse.Namespace) -> Outcome:
 VERBS = {
     "demo": Verb("compile a bundled binary model and measure it", _add_threads, _demo),
     "inspect": Verb("what would be found, proven, rewritten and refused", _add_model, _inspect),
-    "optimize": Verb("compile a model and save it", _add_output, _optimize),
+    "optimize": Verb("compile a model and save it", _add_optimize, _optimize),
     "bench": Verb("times against the float peers, measured in one run", _add_bench, _bench),
     "env": Verb("versions, instruction set, kernels and why not", _no_options, _env),
 }

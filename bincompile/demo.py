@@ -11,7 +11,7 @@ import torch
 
 from bincompile.api import optimize
 from bincompile.artifact import load
-from bincompile.program import Program
+from bincompile.compiled import CompiledModel
 from bincompile.report import table
 from bincompile.timing import medians
 
@@ -75,15 +75,14 @@ def _call(candidate: Callable[..., Any], tokens: torch.Tensor) -> Callable[[], A
     return lambda: candidate(tokens)
 
 
-def _bytes_of(candidate: Any) -> int:
+def _bytes_of(candidate: CompiledModel | torch.nn.Module) -> int:
     """Bytes of the tensors that a model or a compiled program stores."""
-    program = getattr(candidate, "program", None)
-    if isinstance(program, Program):
-        return sum(t.nbytes for t in program.tensors().values())
+    if isinstance(candidate, CompiledModel):
+        return candidate.nbytes
     return sum(t.nbytes for t in candidate.state_dict().values())
 
 
-def _round_trip(compiled: Any, tokens: torch.Tensor) -> dict[str, Any]:
+def _round_trip(compiled: CompiledModel, tokens: torch.Tensor) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         path = Path(folder) / "digits.bcz"
         compiled.save(path)

@@ -148,7 +148,8 @@ WRONG = {
     "no function": (("inspect", "{file}:not_a_function"), "not_a_function"),
     "wrong result": (("inspect", "{file}:two"), "(model, args, kwargs)"),
     "factory fails": (("inspect", "{file}:broken"), "ZeroDivisionError: on purpose"),
-    "unknown precision": (("inspect", "{file}:encoder", "--binary", "w2a2"), "w1a32"),
+    "unknown precision": (("optimize", "{file}:encoder", "-o", "x", "--binary", "w2a2"), "w1a32"),
+    "idle option": (("optimize", "digits", "-o", "x", "--keep", "head"), "--keep without --binary"),
     "no output": (("optimize", "{file}:encoder"), "--output"),
     "no threads": (("demo", "--threads", "0"), "from 1 up"),
 }
