@@ -117,7 +117,8 @@ class Continual:
 # processor, and the features of the host (as /proc/cpuinfo spells them) that it needs.
 INSTRUCTION_SETS = (
     ("avx512-vpopcntdq", "icelake-server",
-     ("avx512f", "avx512bw", "avx512vl", "avx512_vpopcntdq", "avx512_vnni", "avx512_vbmi")),
+     ("avx512f", "avx512bw", "avx512vl", "avx512_vpopcntdq", "avx512_vnni", "avx512vbmi",
+      "avx512_vbmi2", "avx512_bitalg", "avx512ifma", "gfni", "vaes", "vpclmulqdq")),
     ("avx2", "x86-64-v3", ("avx2", "bmi2", "fma", "popcnt")),
     ("x86-64", "x86-64-v2", ("popcnt", "ssse3")),
 )

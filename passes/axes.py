@@ -169,8 +169,11 @@ def source(node: fx.Node, axis: int) -> tuple[fx.Node, int]:
 def _outer(node: fx.Node, axis: int) -> int | None:
     """The axis before a split of one axis into several, of which `axis` is one."""
     before, after = shape_of(node.args[0]), shape_of(node)
-    if node.target not in REGROUPS:
+    if node.target not in REGROUPS or not before:
         return None
+    last = (before[-1], after[-1])
+    if axis == len(after) - 1 and all(isinstance(s, int) for s in last) and last[0] % last[1] == 0:
+        return len(before) - 1
     for index in range(len(before)):
         for start in range(axis + 1):
             for stop in range(axis + 1, len(after) + 1):

@@ -7,12 +7,13 @@ functional, yet with linear, matmul, softmax and attention still whole.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import itertools
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +24,48 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from bincompile.errors import CaptureError, ConfigError, InputTypeError
+from bincompile.passes.check import check_sizes
 from bincompile.program import Program
 from bincompile.signature import InputSpec, Signature
 
 WRAPPER = "model"  # name of the user's model inside the module that is exported
 
 
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """A captured program beside the model, both over flat inputs; the example may be unknown."""
+
+    program: Program
+    model: Callable[[list[Any]], list[Any]]
+    example: list[Any] | None
+
+
 def capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
-            kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Any = "auto") -> Program:
-    """The program of one call; raises `CaptureError` where the model has no graph."""
+            kwargs: Mapping[str, Any] | None = None, dynamic_shapes: Any = "auto") -> Captured:
+    """The program of one call, checked against the model at several sizes.
+
+    Raises:
+        CaptureError: the model has no graph.
+        ProofError: the graph is not the model.
+    """
+    captured = _capture(model, args, kwargs, dynamic_shapes)
+    if captured.example is None:
+        return captured
+    program = check_sizes(captured.program, captured.model, captured.example)
+    return dataclasses.replace(captured, program=program)
+
+
+def _capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...],
+             kwargs: Mapping[str, Any] | None, dynamic_shapes: Any) -> Captured:
     if isinstance(model, ExportedProgram):
-        return from_exported(model)
+        return _from_exported(model, args, kwargs)
     check_model(model)
     args, kwargs = tuple(args), dict(kwargs or {})
     if dynamic_shapes not in ("auto", None):
         with exporting(model):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes,
                                            strict=False)
-        return from_exported(exported, *parameters(model))
+        return _from_exported(exported, args, kwargs, *parameters(model))
     flat, in_spec = pytree.tree_flatten((args, kwargs))
     example = [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in flat]
     if not any(isinstance(v, torch.Tensor) for v in flat):
@@ -64,20 +89,38 @@ def capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
         else InputSpec(label, constant=v) for label, v in zip(labels, flat, strict=True))
     _name_inputs(graph_module, flat, labels)
     signature = Signature(inputs, in_spec, out_spec[0], names, defaults, _ranges(exported, inputs))
-    return Program(graph_module, signature)
+    return Captured(Program(graph_module, signature), _flat_function(model, in_spec), example)
 
 
-def from_exported(exported: ExportedProgram, names: tuple[str, ...] = (),
-                  defaults: Mapping[str, Any] | None = None) -> Program:
+def _flat_function(model: nn.Module, in_spec: pytree.TreeSpec) -> Callable[[list[Any]], list[Any]]:
+    def run(flat: list[Any]) -> list[Any]:
+        args, kwargs = pytree.tree_unflatten(flat, in_spec)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return pytree.tree_leaves(model(*args, **kwargs))
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+    return run
+
+
+def _from_exported(exported: ExportedProgram, args: tuple[Any, ...],
+                   kwargs: Mapping[str, Any] | None, names: tuple[str, ...] = (),
+                   defaults: Mapping[str, Any] | None = None) -> Captured:
     """The program of an ExportedProgram, with its own sizes."""
+    whole = exported.module()
+    given = (args, dict(kwargs or {})) if args or kwargs else exported.example_inputs
     exported = exported.run_decompositions({})
     graph_module, values = unlift(exported)
     spec = exported.call_spec
     labels = [n.name for n in graph_module.graph.nodes if n.op == "placeholder"]
     inputs = tuple(_spec(label, v) if isinstance(v, torch.Tensor) else InputSpec(label, constant=v)
                    for label, v in zip(labels, values, strict=True))
-    return Program(graph_module, Signature(inputs, spec.in_spec, spec.out_spec, names,
-                                           defaults or {}, _ranges(exported, inputs)))
+    program = Program(graph_module, Signature(inputs, spec.in_spec, spec.out_spec, names,
+                                              defaults or {}, _ranges(exported, inputs)))
+    example = None if given is None else program.signature.flatten(*given)
+    return Captured(program, _flat_function(whole, spec.in_spec), example)
 
 
 def check_model(model: Any) -> None:

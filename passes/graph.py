@@ -170,6 +170,13 @@ def run_nodes(nodes: list[fx.Node], env: dict[fx.Node, Any]) -> dict[fx.Node, An
     return env
 
 
+def run_as_is(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
+    """The value of a node at the dtypes of the graph."""
+    with torch.no_grad():
+        return node.target(*fx.node.map_arg(node.args, env.__getitem__),  # type: ignore[operator]
+                           **fx.node.map_arg(dict(node.kwargs), env.__getitem__))
+
+
 def copy_module(graph_module: fx.GraphModule,
                 tensors: Mapping[str, torch.Tensor] | None = None,
                 ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
@@ -197,7 +204,7 @@ def store(graph_module: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.N
     with graph_module.graph.inserting_before(first):
         node = graph_module.graph.get_attr(unique)
     mode = fake_mode(graph_module.graph)
-    node.meta["val"] = mode.from_tensor(tensor) if mode is not None else tensor
+    node.meta["val"] = mode.from_tensor(tensor, static_shapes=True) if mode is not None else tensor
     return node
 
 

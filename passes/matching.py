@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import fx
 
-from bincompile.passes.graph import Build, copy_module, finish
+from bincompile.passes.graph import Build, between, copy_module, finish, value_of
 from bincompile.passes.patterns import Candidate, Context, Pattern, owner_of, patterns
 from bincompile.passes.scores import Declined
 from bincompile.passes.validate import signature_of, validate
+from bincompile.ops import operator_of
 from bincompile.program import Program, source_line
 from bincompile.record import Evidence, Match, Refusal, Rewrite
-
-NOT_ATTENTION = "the softmax is not over a product of two computed tensors"
 
 
 def match(program: Program) -> Program:
     """Every candidate of every pattern, as a match without evidence or a refusal."""
     context, matches, refusals = Context.of(program), [], []
-    for pattern, node in _anchors(program):
+    for pattern, node in anchors(program, "canonical"):
         found = candidate_at(pattern, node, context)
         if isinstance(found, Refusal):
             refusals.append(found)
-        else:
+        elif found is not None:
             matches.append(Match(found.operator, found.path, dict(found.attrs), node.name,
                                  pattern=pattern.name))
     return program.next(program.graph_module, "matched", matches=tuple(matches),
@@ -37,21 +36,25 @@ def prove(program: Program) -> Program:
     nodes = {n.name: n for n in program.graph.nodes}
     matches, refusals = [], []
     for found in program.matches:
-        node = nodes[found.node]
-        candidate = _again(found, node, context)
-        text = signature_of(candidate, program.graph_module)
-        known = shared.get(text)
-        if known is None:
-            known = shared[text] = validate(candidate, program.graph_module)
-        elif isinstance(known, Evidence):
-            known = dataclasses.replace(known, milliseconds=0.0)
-        if isinstance(known, str):
-            refusals.append(Refusal(found.operator, found.path, f"not proven: {known}", found.node,
-                                    source_line(node)))
-        else:
-            matches.append(dataclasses.replace(found, evidence=known))
+        proven = proof(found, _again(found, nodes[found.node], context), program, shared)
+        (matches if isinstance(proven, Match) else refusals).append(proven)
     return program.next(program.graph_module, "validated", matches=tuple(matches),
                         refusals=(*program.refusals, *refusals))
+
+
+def proof(found: Match, candidate: Candidate, program: Program,
+          shared: dict[str, Evidence | str]) -> Match | Refusal:
+    """The match with its evidence, or a refusal; identical subgraphs share one proof."""
+    text = signature_of(candidate, program.graph_module)
+    known = shared.get(text)
+    if known is None:
+        known = shared[text] = validate(candidate, program.graph_module)
+    elif isinstance(known, Evidence):
+        known = dataclasses.replace(known, milliseconds=0.0)
+    if isinstance(known, str):
+        return Refusal(found.operator, found.path, f"not proven: {known}", found.node,
+                       source_line(candidate.anchor))
+    return dataclasses.replace(found, evidence=known)
 
 
 def canonicalise(program: Program) -> Program:
@@ -61,27 +64,28 @@ def canonicalise(program: Program) -> Program:
     context, rewrites = Context.of(program), []
     for found in program.matches:
         candidate = _again(found, nodes[found.node], context)
-        name = apply(candidate, module, copies)
+        placed = apply(candidate, module, copies)
         rewrites.append(Rewrite(candidate.operator, found.path, "exact",
-                                max_error=found.max_error, node=name))
+                                bytes_before=stored_bytes(candidate, context),
+                                max_error=found.max_error, node=placed.name))
     return program.next(finish(module), "canonical", rewrites=(*program.rewrites, *rewrites))
 
 
-def candidate_at(pattern: Pattern, node: fx.Node, context: Context) -> Candidate | Refusal:
+def candidate_at(pattern: Pattern, node: fx.Node, context: Context) -> Candidate | Refusal | None:
     """What a pattern says of an anchor."""
     try:
-        found = pattern.match(node, context)
+        return pattern.match(node, context)
     except Declined as declined:
         return Refusal(pattern.operator, owner_of((node,)), declined.reason, declined.node.name,
                        source_line(declined.node) or source_line(node))
-    if found is None:
-        return Refusal(pattern.operator, owner_of((node,)), NOT_ATTENTION, node.name,
-                       source_line(node))
-    return found
 
 
-def apply(candidate: Candidate, module: fx.GraphModule, copies: dict[fx.Node, fx.Node]) -> str:
-    """Put a candidate's operator into a copy of its graph; returns the name of its node."""
+def apply(candidate: Candidate, module: fx.GraphModule, copies: dict[fx.Node, fx.Node],
+          prefix: str = "") -> fx.Node:
+    """Put a candidate's operator into a copy of its graph; returns its node.
+
+    `prefix` tells which of several operators of ours is meant.
+    """
     at = copies[candidate.outputs[0]]
     build = Build(module.graph, at, like=at)
     values = {role: copies[n] for role, n in candidate.inputs.items()}
@@ -89,19 +93,39 @@ def apply(candidate: Candidate, module: fx.GraphModule, copies: dict[fx.Node, fx
     results = candidate.emit(build, values)
     for output, result in zip(candidate.outputs, results, strict=True):
         copies[output].replace_all_uses_with(result)
+        copies[output] = result
     added = [n for n in module.graph.nodes if n not in before]
-    ours = next(n for n in added if getattr(n.target, "namespace", "") == "bincompile")
-    return ours.name
+    ours = (n for n in added if (found := operator_of(n.target)) and found.name.startswith(prefix))
+    return next(ours)
 
 
-def _anchors(program: Program) -> Iterator[tuple[Pattern, fx.Node]]:
+def stored_bytes(candidate: Candidate, context: Context) -> int:
+    """Bytes of the stored tensors that a candidate's subgraph reads."""
+    inside = between(candidate.outputs, set(candidate.inputs.values()))
+    reads = {*candidate.inputs.values(), *(n for node in inside for n in node.all_input_nodes)}
+    return sum(value_of(n).nbytes for n in stored_sources(reads, context))
+
+
+def stored_sources(nodes: Iterable[fx.Node], context: Context) -> set[fx.Node]:
+    """The stored tensors behind those of these nodes that don't depend on an input."""
+    pending, stored = [n for n in nodes if n not in context.activations], set()
+    while pending:
+        node = pending.pop()
+        if node.op == "get_attr":
+            stored.add(node)
+        pending += node.all_input_nodes
+    return stored
+
+
+def anchors(program: Program, stage: str) -> Iterator[tuple[Pattern, fx.Node]]:
+    """Every node of the graph that a pattern of this stage starts from."""
     for node in program.graph.nodes:
-        for pattern in patterns().values():
+        for pattern in patterns(stage).values():
             if node.op == "call_function" and node.target in pattern.anchors:
                 yield pattern, node
 
 
 def _again(found: Match, node: fx.Node, context: Context) -> Candidate:
-    candidate = patterns()[found.pattern].match(node, context)
+    candidate = patterns("canonical")[found.pattern].match(node, context)
     assert isinstance(candidate, Candidate)
     return candidate

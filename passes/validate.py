@@ -25,7 +25,8 @@ from bincompile.record import Evidence
 LIMIT = 1e-9
 SEEDS = (0, 1, 2)
 FLOOR = 1e-3  # errors of smaller values are counted relative to this
-ROWS = 64  # rows of a table in a proof: look-ups don't depend on how many there are
+ROWS = 64  # rows of a table or weight in a proof: no row depends on how many there are
+ROW_ROLES = ("table", "weight", "weight_scale", "bias")
 
 Values = dict[str, Any]
 
@@ -80,6 +81,7 @@ def signature_of(candidate: Candidate, graph_module: fx.GraphModule) -> str:
              **{n: f"%{i}" for i, n in enumerate(nodes)}}
     sizes: dict[str, str] = {}
     lines = [f"{role}: {_described(n, sizes)}" for role, n in candidate.inputs.items()]
+    lines += [f"{role} is {candidate.inputs[role].target}" for role in candidate.fixed]
     for node in nodes:
         if node.op == "get_attr":
             stored = attribute(graph_module, node.target)
@@ -111,11 +113,13 @@ def validate(candidate: Candidate, graph_module: fx.GraphModule) -> Evidence | s
     start = time.perf_counter()
     nodes = between(candidate.outputs, set(candidate.inputs.values()))
     reads = {n for node in nodes for n in node.all_input_nodes} | set(candidate.inputs.values())
+    fixed = {role: attribute(graph_module, candidate.inputs[role].target).double()
+             for role in candidate.fixed}
     error, tried = 0.0, 0
     trials: tuple[Trial, ...] = TRIALS
     for numbers in assignments([*reads, *nodes]):
         for trial in trials:
-            outcome = _try(candidate, graph_module, nodes, reads, numbers, trial)
+            outcome = _try(candidate, graph_module, nodes, reads, numbers, trial, fixed)
             if isinstance(outcome, str):
                 return outcome
             if outcome is None:
@@ -130,10 +134,10 @@ def validate(candidate: Candidate, graph_module: fx.GraphModule) -> Evidence | s
 
 
 def _try(candidate: Candidate, graph_module: fx.GraphModule, nodes: list[fx.Node],
-         reads: set[fx.Node], numbers: Assignment, trial: Trial) -> float | str | None:
+         reads: set[fx.Node], numbers: Assignment, trial: Trial, fixed: Values) -> float | str | None:
     """The error of one trial, None where the model itself can't run at these sizes."""
     generator = torch.Generator().manual_seed(int(trial.name[-1]) if trial.name[-1].isdigit() else 0)
-    values: Values = {role: _draw(role, node, numbers, trial, generator, candidate.attrs.get("padding_idx"))
+    values: Values = {role: fixed[role] if role in fixed else _draw(role, node, numbers, trial, generator, candidate.attrs.get("padding_idx"))
                       for role, node in candidate.inputs.items()}
     _fit_indices(values)
     env: dict[fx.Node, Any] = {n: values[role] for role, n in candidate.inputs.items()}
@@ -194,7 +198,7 @@ def _draw(role: str, node: fx.Node, numbers: Assignment, trial: Trial,
     if not isinstance(fake, torch.Tensor):
         return concrete(fake, numbers)
     shape = [concrete(s, numbers) for s in fake.shape]
-    if role == "table":
+    if role in ROW_ROLES and shape:
         shape[0] = min(shape[0], max(ROWS, 1 + (padding or 0)))
     if fake.dtype == torch.bool:
         kept = torch.rand(shape, generator=generator) > 0.4

@@ -15,7 +15,7 @@ from bincompile.config import Target
 from bincompile.errors import KernelError
 from bincompile.ops import operator_of
 from bincompile.program import Program, attribute
-from bincompile.runtime.kernels import Call, Dynamic, Kernel, choose, explain
+from bincompile.runtime.kernels import Call, Dynamic, choose, explain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,13 @@ class Executable:
     Args:
         kernels: for each node that holds one of our operators, the kernel that runs it.
         calls: the same nodes' calls.
+        bound: the same nodes' kernels, as functions of the calls' run-time arguments.
         function: the code itself.
     """
 
     kernels: Mapping[str, str]
     calls: Mapping[str, Call]
+    bound: Mapping[str, Callable[..., Any]]
     function: Callable[..., tuple[Any, ...]]
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -67,8 +69,9 @@ def bind(program: Program, target: Target, choices: Mapping[str, str] | None = N
                           f"nodes that hold an operator of bincompile: {', '.join(calls)}",
                           "the choices")
     chosen = {name: choose(call, wanted.get(name)) for name, call in calls.items()}
-    return Executable({name: kernel.name for name, kernel in chosen.items()}, calls,
-                      _compile(program, calls, chosen))
+    bound = {name: chosen[name].bind(call) for name, call in calls.items()}
+    return Executable({name: kernel.name for name, kernel in chosen.items()}, calls, bound,
+                      _compile(program, calls, bound))
 
 
 def call_of(program: Program, node: fx.Node, target: Target) -> Call | None:
@@ -89,7 +92,7 @@ def call_of(program: Program, node: fx.Node, target: Target) -> Call | None:
 
 
 def _compile(program: Program, calls: Mapping[str, Call],
-             chosen: Mapping[str, Kernel]) -> Callable[..., tuple[Any, ...]]:
+             bound: Mapping[str, Callable[..., Any]]) -> Callable[..., tuple[Any, ...]]:
     """The program's graph with bound kernels in it, as one Python function."""
     graph, copies = fx.Graph(), {}
     for node in program.graph.nodes:
@@ -99,7 +102,7 @@ def _compile(program: Program, calls: Mapping[str, Call],
             call = calls[node.name]
             arguments = call.operator.bind(node.args, dict(node.kwargs))
             copies[node] = graph.create_node(
-                "call_function", _named(chosen[node.name].bind(call), node.name),
+                "call_function", _named(bound[node.name], node.name),
                 tuple(copies[arguments[name]] for name in call.dynamic), name=node.name)
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)

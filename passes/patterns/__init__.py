@@ -43,6 +43,7 @@ class Candidate:
             through an `Evaluate`; `values` maps roles to nodes or tensors.
         attrs: what is known of the operator.
         path: module path of the owner.
+        fixed: roles whose stored value matters, so that a proof may not draw another.
     """
 
     operator: str
@@ -52,6 +53,7 @@ class Candidate:
     emit: Callable[[Any, Mapping[str, Any]], tuple[Any, ...]]
     attrs: Mapping[str, Any]
     path: str
+    fixed: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Pattern:
         match: the candidate at a node, a refusal with a reason, or None where there is nothing.
         examples: models in which it must match exactly once.
         near_misses: models in which it must not.
+        stage: "canonical", or "packed" for what is binary already.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Pattern:
     match: Callable[[fx.Node, Context], Candidate | Refusal | None]
     examples: tuple[Example, ...]
     near_misses: tuple[Example, ...]
+    stage: str = "canonical"
 
 
 def owner_of(nodes: Iterable[fx.Node]) -> str:
@@ -95,11 +99,14 @@ def owner_of(nodes: Iterable[fx.Node]) -> str:
 
 
 @functools.cache
-def patterns() -> dict[str, Pattern]:
-    """Every pattern, by name; every file here that holds a `Pattern` is found by itself."""
+def patterns(stage: str | None = None) -> dict[str, Pattern]:
+    """The patterns of a stage, or all, by name.
+
+    Every file here that holds a `Pattern` is found by itself.
+    """
     found: dict[str, Pattern] = {}
     for module in pkgutil.iter_modules(__path__):
         for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-            if isinstance(value, Pattern):
+            if isinstance(value, Pattern) and stage in (None, value.stage):
                 found[value.name] = value
     return dict(sorted(found.items()))

@@ -11,14 +11,17 @@ from torch import fx, nn
 from bincompile.passes.attention import around_softmax
 from bincompile.passes.graph import aten
 from bincompile.passes.patterns import Candidate, Context, Example, Pattern
-from bincompile.record import Refusal
+from bincompile.passes.scores import Declined
 
 SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 
 
-def _match(node: fx.Node, context: Context) -> Candidate | Refusal | None:
+def _match(node: fx.Node, context: Context) -> Candidate:
     row = "zero" if node.target is aten._safe_softmax.default else "nan"
-    return around_softmax(node, node.args[1], row, context)
+    found = around_softmax(node, node.args[1], row, context)
+    if found is None:
+        raise Declined("the softmax is not over a product of two computed tensors", node)
+    return found
 
 
 Core = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -1,0 +1,210 @@
+"""optimize and inspect: the pipeline behind one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from bincompile.compiled import CompiledModel
+from bincompile.config import VIOLATIONS, Binary, Continual, Guard, Target
+from bincompile.errors import (
+    BincompileError,
+    ConfigError,
+    ContinualError,
+    InputError,
+    InputTypeError,
+)
+from bincompile.passes.capture import capture, check_model
+from bincompile.passes.check import prove_whole
+from bincompile.passes.guard import guarded
+from bincompile.passes.pipeline import EXACT, LOWER, run
+from bincompile.program import Program
+from bincompile.report import Report
+from bincompile.runtime.executor import bind
+
+log = logging.getLogger(__name__)
+
+
+def optimize(model: nn.Module | ExportedProgram, args: tuple[Any, ...] | None = None,
+             kwargs: Mapping[str, Any] | None = None, *,
+             binary: Binary | str | None = None,
+             continual: Continual | int | None = None,
+             dynamic_shapes: Any = "auto",
+             target: Target | str | None = None,
+             calibration: Iterable[Any] | None = None,
+             holdout: Iterable[Any] | None = None,
+             guard: Guard | None = Guard(),  # noqa: B008  (a frozen value)
+             on_violation: str = "fallback",
+             choices: Mapping[str, str] | None = None) -> CompiledModel | DeferredModel:
+    """Compile a model; exact unless `binary=` asks for less.
+
+    Attention and embeddings are recognised, proven in float64 and rewritten; layers that are
+    binary already are packed to bits; operators get kernels for this machine. The model is not
+    changed, and its float weights are shared, not copied.
+
+    Args:
+        model: an nn.Module in eval mode, an fx.GraphModule or an ExportedProgram.
+        args: positional inputs of one call. Without inputs the model is captured at its first
+            call, and again for a new structure, dtype or rank, as torch.compile does.
+        kwargs: named inputs of that call.
+        binary: lossy, on request: "w1a1" (1-bit weights and activations), "w1a32" (1-bit weights)
+            or a `Binary`. It is measured on `calibration` and `holdout` and layers go back to
+            float until `guard` holds.
+        continual: a streaming form; not available yet.
+        dynamic_shapes: "auto" (the first two axes of each input may vary, as far as the model
+            allows), None (all sizes fixed), or what torch.export takes.
+        target: None for this machine, or a `Target`.
+        calibration: batches of inputs, each a tensor, a tuple of args, or a dict of kwargs.
+        holdout: the same, unseen by the search; without it the last fifth of calibration.
+        guard: limits of the divergence; None accepts an unknown one.
+        on_violation: "fallback" (layers go back to float), "raise" or "warn".
+        choices: node name -> kernel name, to replay a choice of kernels.
+
+    Returns:
+        A `CompiledModel`, or a `DeferredModel` where no inputs were given.
+
+    Raises:
+        CaptureError: the model has no graph; the message has the user's line.
+        ConfigError: an option that does not exist, or a model in training mode.
+        AccuracyUnknownError: `binary=` without data and without `guard=None`.
+        ProofError: the compiled program disagrees with the model (nothing is returned then).
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+        >>> compiled = optimize(model, (torch.randn(2, 5, 16),))
+        >>> compiled.report.lossy, [m.operator for m in compiled.report.matches]
+        (False, ['attention'])
+    """
+    options = _Options(Binary.of(binary), Target.of(target), dynamic_shapes, calibration, holdout,
+                       guard, on_violation, choices)
+    options.check(Continual.of(continual))
+    if args is None and kwargs is None and not isinstance(model, ExportedProgram):
+        check_model(model)
+        return DeferredModel(lambda a, k: options.compile(model, a, k))
+    return options.compile(model, *_call(args, kwargs))
+
+
+def inspect(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
+            kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = "auto") -> Report:
+    """A dry run: what would be recognised and proven, and what refused. Nothing is compiled.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.MultiheadAttention(16, 4, batch_first=True).eval()
+        >>> x = torch.randn(2, 5, 16)
+        >>> inspect(model, (x, x, x)).matches[0].attrs["heads"]
+        4
+    """
+    return Report.of(run(EXACT, capture(model, *_call(args, kwargs), dynamic_shapes).program))
+
+
+def _call(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, kwargs = () if args is None else args, {} if kwargs is None else kwargs
+    if not isinstance(args, tuple | list):
+        raise InputTypeError(f"args of type {type(args).__name__}", "a tuple of inputs",
+                             "args=(x,): a comma makes one input a tuple")
+    if not isinstance(kwargs, Mapping):
+        raise InputTypeError(f"kwargs of type {type(kwargs).__name__}", "a dict of named inputs",
+                             "kwargs={'name': value}")
+    return tuple(args), dict(kwargs)
+
+
+class _Options:
+    """The options of one `optimize`, checked."""
+
+    def __init__(self, binary: Binary | None, target: Target, dynamic_shapes: Any,
+                 calibration: Any, holdout: Any, guard: Guard | None, on_violation: str,
+                 choices: Mapping[str, str] | None) -> None:
+        self.binary, self.target, self.dynamic_shapes = binary, target, dynamic_shapes
+        self.calibration, self.holdout, self.guard = calibration, holdout, guard
+        self.on_violation, self.choices = on_violation, choices
+
+    def check(self, continual: Continual | None) -> None:
+        """Raise for what is not allowed or not there yet."""
+        if continual is not None:
+            raise ContinualError("continual= is not available yet", "continual=None",
+                                 "leave continual= out and call the compiled model on the window")
+        if self.on_violation not in VIOLATIONS:
+            raise ConfigError(f"on_violation={self.on_violation!r}",
+                              " or ".join(map(repr, VIOLATIONS)), "the on_violation= argument")
+        if self.guard is not None and not isinstance(self.guard, Guard):
+            raise ConfigError(f"guard={self.guard!r}", "bc.Guard(...) or None", "guard=")
+        if self.target.kind != "cpu":
+            raise ConfigError(f"target={str(self.target)!r} is not available yet", "'cpu' or None",
+                              "the target= argument")
+        if self.binary is None and (self.calibration is not None or self.holdout is not None):
+            raise ConfigError("calibration data without a lossy rewrite", "data with binary=",
+                              "pass binary=, or leave calibration= and holdout= out")
+
+    def compile(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledModel:
+        """The whole pipeline on one call of the model."""
+        captured = capture(model, args, kwargs, self.dynamic_shapes)
+        program = run(EXACT, captured.program)
+        if self.binary is not None:
+            program = guarded(program, self.binary, self.guard, self.calibration, self.holdout,
+                              self.on_violation)
+        program = run(LOWER, program)
+        _dump(program)
+        executable = bind(program, self.target, self.choices)
+        if captured.example is not None:
+            note = prove_whole(captured.model, program, executable, captured.example)
+            program = dataclasses.replace(program, notes=(*program.notes, note))
+        return CompiledModel(program, executable, self.target)
+
+
+class DeferredModel:
+    """A model that is captured when it is called: once for each structure, dtype and rank.
+
+    Example:
+        >>> import torch
+        >>> compiled = optimize(torch.nn.Embedding(7, 4).eval())
+        >>> compiled(torch.tensor([[1, 2]])).shape, compiled(torch.tensor([[3] * 9] * 5)).shape
+        (torch.Size([1, 2, 4]), torch.Size([5, 9, 4]))
+        >>> len(compiled.variants)
+        1
+    """
+
+    def __init__(self, make: Callable[[tuple[Any, ...], dict[str, Any]], CompiledModel]) -> None:
+        self._make = make
+        self.variants: list[CompiledModel] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for variant in self.variants:
+            try:
+                flat = variant.program.signature.flatten(args, kwargs)
+            except (InputError, InputTypeError):
+                continue
+            return variant.program.signature.unflatten(variant.executable(*flat))
+        if not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves((args, kwargs))):
+            raise InputTypeError("a call without tensors", "at least one tensor", "the call")
+        self.variants.insert(0, self._make(args, kwargs))
+        return self.variants[0](*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(CompiledModel, name):
+            raise AttributeError(name)
+        if not self.variants:
+            raise BincompileError(f"{name} of a model that was not captured yet",
+                                  "a model that was called at least once",
+                                  "call it once, or pass args= to optimize")
+        return getattr(self.variants[0], name)
+
+
+def _dump(program: Program) -> None:
+    """Write the text of every stage to the folder that BINCOMPILE_DUMP names."""
+    folder = os.environ.get("BINCOMPILE_DUMP")
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+        for index, stage in enumerate(program.stages):
+            path = os.path.join(folder, f"{index}_{stage.level}.txt")
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(f"{stage}\n")

@@ -1,0 +1,87 @@
+"""A compiled model: called like the model that it came from, and open to inspection."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from bincompile.config import Target
+from bincompile.errors import ContinualError
+from bincompile.program import Program
+from bincompile.report import Report
+from bincompile.runtime.executor import Executable
+
+
+class CompiledModel:
+    """A lowered program with a kernel bound to every operator.
+
+    It is called with the arguments of the model and returns its results; results carry no
+    gradient. It reads the model's float weights where they are: to change a weight, change the
+    model and compile it again. Threads may share it.
+
+    Args:
+        program: a lowered program; its earlier stages come with it.
+        executable: its kernels, bound.
+        target: the machine that it runs on.
+
+    Example:
+        >>> import torch, bincompile as bc
+        >>> model = torch.nn.MultiheadAttention(16, 4, batch_first=True).eval()
+        >>> x = torch.randn(2, 5, 16)
+        >>> compiled = bc.optimize(model, (x, x, x))
+        >>> torch.allclose(compiled(x, x, x)[0], model(x, x, x)[0], atol=1e-5)
+        True
+    """
+
+    def __init__(self, program: Program, executable: Executable, target: Target) -> None:
+        self._program, self._executable, self._target = program, executable, target
+
+    @property
+    def program(self) -> Program:
+        """The lowered program; `program.at(level)` gives an earlier stage."""
+        return self._program
+
+    @property
+    def executable(self) -> Executable:
+        """The bound kernels."""
+        return self._executable
+
+    @property
+    def target(self) -> Target:
+        """The machine that the kernels are for."""
+        return self._target
+
+    @property
+    def report(self) -> Report:
+        """What was found, proven, rewritten and refused."""
+        return Report.of(self._program, self._executable.kernels)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors that the lowered program reads."""
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                    for t in self._program.tensors().values()}
+        return sum(storages.values())
+
+    def explain(self) -> dict[str, list[tuple[str, str]]]:
+        """For each operator of ours, every kernel and whether it was chosen or why not."""
+        return self._executable.explain()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        signature = self._program.signature
+        return signature.unflatten(self._executable(*signature.flatten(args, kwargs)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the program to one file that `bincompile.load` reads; see `bincompile.artifact`."""
+        from bincompile.artifact import save
+
+        save(self._program, path)
+
+    def stream(self, batch_size: int = 1) -> Any:
+        """One step at a time; only for a model compiled with `continual=`."""
+        raise ContinualError("stream() of a model that was not compiled with continual=",
+                             "a continual program", "continual= is not available yet; call the "
+                             "compiled model on the whole window")
+
+    def __repr__(self) -> str:
+        return f"CompiledModel({self.report.summary()}; {self._target})"

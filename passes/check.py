@@ -1,0 +1,230 @@
+"""Check: programs against the model that they came from, and kernels against their reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from bincompile.errors import ProofError
+from bincompile.ops import operator_of
+from bincompile.ops.bits import row_scale
+from bincompile.ops.binary_linear import binary_linear
+from bincompile.ops.fake_binary_linear import fake_binary_linear
+from bincompile.passes.validate import difference
+from bincompile.program import Program
+from bincompile.runtime.executor import Executable
+
+# Largest relative difference of a whole model's outputs, by the dtype that they have.
+LIMITS = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-4, torch.float64: 1e-9}
+SIZES = (1, 3)  # what every size that may vary is set to, beside the example's
+FLIPPED_SHARE, FLIPPED_SIZE = 1e-5, 1e-6
+
+
+
+def check_sizes(program: Program, model: Callable[[list[Any]], list[Any]],
+                example: Sequence[Any]) -> Program:
+    """The program with sizes fixed where it does not follow the model at other sizes.
+
+    Args:
+        model: the user's model as a function of flat inputs to flat outputs.
+        example: the flat inputs that it was captured with.
+
+    Raises:
+        ProofError: the program is wrong at the example's own sizes.
+    """
+    worst = _disagreement(program, model, list(example))
+    if worst is not None:
+        raise ProofError(f"the captured graph differs from the model: {worst}",
+                         "the same results", "report the model: its forward does something that "
+                         "torch.export does not see, such as reading state outside of itself")
+    variable = {s for spec in program.signature.inputs for s in spec.shape if isinstance(s, str)}
+    notes = list(program.notes)
+    for size in SIZES if variable else ():
+        resized = _resized(program, example, size)
+        if resized is None:
+            continue
+        worst = _disagreement(program, model, resized)
+        if worst is not None and size == 1:
+            program = _least(program, 2)
+            notes.append(f"sizes of 1 are refused: the model treats them apart ({worst})")
+        elif worst is not None:
+            program = _fixed(program, example)
+            notes.append(f"sizes are fixed to the example's: the graph does not follow the "
+                         f"model at others ({worst})")
+            break
+    return dataclasses.replace(program, notes=tuple(notes))
+
+
+def _disagreement(program: Program, model: Callable[[list[Any]], list[Any]],
+                  flat: list[Any]) -> str | None:
+    """How program and model differ on these inputs; None if they agree or the model refuses."""
+    with torch.no_grad():
+        try:
+            expected = model([_copy(v) for v in flat])
+        except Exception:  # sizes that the model does not allow: nothing to agree on
+            return None
+        try:
+            found = program.graph_module(*flat)
+        except Exception as error:
+            return f"the graph fails with {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+    return disagreement(expected, found)
+
+
+def disagreement(expected: Sequence[Any], found: Sequence[Any]) -> str | None:
+    """How two lists of flat outputs differ by more than rounding; None if they don't."""
+    for index, (left, right) in enumerate(zip(expected, found, strict=True)):
+        if not isinstance(left, torch.Tensor):
+            if left != right:
+                return f"output {index} is {right!r}, not {left!r}"
+        elif left.shape != right.shape or left.dtype != right.dtype:
+            return (f"output {index} is {right.dtype} {tuple(right.shape)}, "
+                    f"not {left.dtype} {tuple(left.shape)}")
+        elif (error := difference(left, right)) > LIMITS.get(left.dtype, 0.0):
+            return f"output {index} differs by {error:.2g}"
+    return None
+
+
+def largest_difference(expected: Sequence[Any], found: Sequence[Any]) -> float:
+    """The largest relative difference over all tensors."""
+    return max((difference(a, b) for a, b in zip(expected, found, strict=True)
+                if isinstance(a, torch.Tensor)), default=0.0)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _resized(program: Program, example: Sequence[Any], size: int) -> list[Any] | None:
+    """The example with every size that may vary set to `size`; None if that changes nothing."""
+    flat = []
+    for spec, value in zip(program.signature.inputs, example, strict=True):
+        for axis, want in enumerate(spec.shape):
+            if isinstance(want, str):
+                low, high = program.signature.ranges.get(want, (1, None))
+                if size < low or (high is not None and size > high):
+                    return None
+                index = torch.arange(size) % value.shape[axis]
+                value = value.index_select(axis, index.to(value.device))
+        flat.append(value)
+    same = all(a is b for a, b in zip(flat, example, strict=True))
+    return None if same else flat
+
+
+def _least(program: Program, low: int) -> Program:
+    ranges = {s: (max(low, least), high)
+              for s, (least, high) in program.signature.ranges.items()}
+    signature = dataclasses.replace(program.signature, ranges=ranges)
+    return dataclasses.replace(program, signature=signature)
+
+
+def _fixed(program: Program, example: Sequence[Any]) -> Program:
+    inputs = tuple(
+        dataclasses.replace(spec, shape=tuple(value.shape))
+        if isinstance(value, torch.Tensor) else spec
+        for spec, value in zip(program.signature.inputs, example, strict=True))
+    signature = dataclasses.replace(program.signature, inputs=inputs, ranges={})
+    return dataclasses.replace(program, signature=signature)
+
+
+def flipped_bits(before: Program, after: Program, flat: Sequence[Any]) -> tuple[float, float]:
+    """How many signs differ between two stages of a program, and how near to 0 their values are.
+
+    Returns:
+        The share of signs that differ, and the largest |x| among them relative to its row's scale.
+    """
+    watched = (fake_binary_linear.overload, binary_linear.overload)
+    left, right = (_binarised_inputs(p, flat, watched) for p in (before, after))
+    total = flipped = 0
+    largest = 0.0
+    for a, b in zip(left, right, strict=True):
+        differs = (a >= 0) != (b >= 0)
+        total += a.numel()
+        flipped += int(differs.sum())
+        if bool(differs.any()):
+            relative = a.abs() / row_scale(a).clamp_min(1e-30)
+            largest = max(largest, float(relative[differs].max()))
+    return flipped / max(total, 1), largest
+
+
+def _binarised_inputs(program: Program, flat: Sequence[Any],
+                      watched: Sequence[Any]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+
+    class Watch(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target in watched:
+                bound = operator_of(target).bind(args, kwargs)  # type: ignore[union-attr]
+                if bound["activation"] == "binary":
+                    x, shift = bound["x"], bound["shift"]
+                    found.append(x if shift is None else x + shift)
+            return super().call_function(target, args, kwargs)
+
+    with torch.no_grad():
+        Watch(program.graph_module).run(*flat)
+    return found
+
+
+def check_kernels(program: Program, executable: Executable, flat: Sequence[Any]) -> None:
+    """Run every bound kernel beside its reference on the values of one call.
+
+    Raises:
+        ProofError: a kernel is further from its reference than its operator allows.
+    """
+    class Compare(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            expected = super().run_node(node)
+            if node.name in executable.bound:
+                call = executable.calls[node.name]
+                args, kwargs = self.fetch_args_kwargs_from_env(node)
+                values = call.operator.bind(args, kwargs)
+                found = executable.bound[node.name](*(values[name] for name in call.dynamic))
+                _check_kernel(node.name, call.operator.tolerance, expected, found)
+            return expected
+
+    with torch.no_grad():
+        Compare(program.graph_module).run(*flat)
+
+
+def _check_kernel(name: str, tolerance: Any, expected: Any, found: Any) -> None:
+    pairs = zip(expected, found, strict=True) if isinstance(expected, tuple) else [(expected, found)]
+    for left, right in pairs:
+        loose = max(tolerance.rtol, LIMITS.get(left.dtype, 0.0) / 10)
+        limit = 0.0 if tolerance.bits else loose
+        error = difference(left, right)
+        if error > limit or math.isnan(error):
+            raise ProofError(f"the kernel of {name} differs from its reference by {error:.2g}",
+                             f"at most {limit:.0e}", "report it, and set BINCOMPILE_ISA=none "
+                             "to use reference kernels until it is mended")
+
+
+def prove_whole(model: Callable[[list[Any]], list[Any]] | None, program: Program,
+                executable: Executable, example: Sequence[Any]) -> str:
+    """Compare what was compiled with the model on the example; returns the note for the report.
+
+    Kernels are held to their references; the whole model to its dtype's limit, or, where signs
+    are taken on the way, to the share of signs that rounding may flip.
+
+    Raises:
+        ProofError: a limit is broken.
+    """
+    check_kernels(program, executable, example)
+    if program.lossy or model is None:
+        return "kernels agree with their references on the example"
+    share, size = flipped_bits(program.at("normal"), program, example)
+    if share > FLIPPED_SHARE or size > FLIPPED_SIZE:
+        raise ProofError(f"{share:.1e} of the signs differ from the model's, at up to {size:.1e} "
+                         "of their row's scale", f"{FLIPPED_SHARE:.0e}, at {FLIPPED_SIZE:.0e}",
+                         "report the model")
+    with torch.no_grad():
+        expected, found = model([_copy(v) for v in example]), executable(*example)
+    worst = disagreement(expected, found)
+    if worst is not None and not share:
+        raise ProofError(f"the compiled program differs from the model: {worst}",
+                         f"at most {LIMITS[torch.float32]:.0e} relative", "report the model")
+    return (f"whole model at the example's sizes: largest relative difference "
+            f"{largest_difference(expected, found):.1e}, flipped signs {share:.1e}")

@@ -1,0 +1,56 @@
+"""Lower: compute what is known, and say what each rewrite reads now."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import fx
+
+from bincompile.passes.graph import copy_module, finish, is_sequence, is_tensor, run_as_is, store
+from bincompile.program import Program, attribute
+
+
+def lower(program: Program) -> Program:
+    """The program with stored tensors computed as far as they are known."""
+    module, _ = copy_module(program.graph_module)
+    fold(module)
+    finish(module)
+    nodes = {n.name: n for n in module.graph.nodes}
+    rewrites = tuple(dataclasses.replace(r, bytes_after=read_bytes(nodes[r.node]))
+                     for r in program.rewrites if r.node in nodes)
+    return program.next(module, "lowered", rewrites=rewrites)
+
+
+def fold(module: fx.GraphModule) -> None:
+    """Replace computations on stored tensors alone by their results, unless those are larger."""
+    known: dict[fx.Node, object] = {}
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr":
+            known[node] = attribute(module, node.target)
+        elif node.op == "call_function" and node.all_input_nodes and all(
+                n in known for n in node.all_input_nodes) and (is_tensor(node) or is_sequence(node)):
+            known[node] = run_as_is(node, known)
+    for node, value in known.items():
+        outside = [u for u in node.users if u not in known]
+        if node.op == "get_attr" or not outside or not isinstance(value, torch.Tensor):
+            continue
+        if value.nbytes <= _source_bytes(node):
+            kept = store(module, f"folded.{node.name}", value)
+            for user in outside:
+                user.replace_input_with(node, kept)
+
+
+def _source_bytes(node: fx.Node) -> int:
+    pending, stored = [node], set()
+    while pending:
+        found = pending.pop()
+        if found.op == "get_attr":
+            stored.add(found)
+        pending += found.all_input_nodes
+    return sum(n.meta["val"].nbytes for n in stored)
+
+
+def read_bytes(node: fx.Node) -> int:
+    """Bytes of the stored tensors that a node reads."""
+    return sum(n.meta["val"].nbytes for n in node.all_input_nodes if n.op == "get_attr")
