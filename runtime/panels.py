@@ -1,0 +1,86 @@
+"""What the compiled linear kernels share: the packed layout, and the function that calls them.
+
+A panel holds 64 outputs: 4 vectors of 16 words, each word 32 bits of one output, bit 1 where the
+weight is negative. Padding bits, columns and outputs are 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from bincompile.runtime.kernels import Call, host_reason
+from bincompile.runtime.schedules.common import BLOCK, LANE, PANEL, VECTORS, WORD, ceil_div
+
+INPUTS = (torch.float32, torch.float16, torch.bfloat16)
+_STORED = ("weight", "weight_scale", "bias", "in_features", "activation", "activation_scale",
+           "shift")
+
+
+def linear_reason(call: Call) -> str | None:
+    """Why the compiled linear kernels can't run this call, if they can't."""
+    unknown = next((name for name in _STORED if not call.is_stored(name)), None)
+    if unknown:
+        return f"the {unknown} is known only at run time"
+    if call.is_stored("x"):
+        return "the input is a stored tensor"
+    if call.value("x").dtype not in INPUTS:
+        return f"an input of {call.value('x').dtype}"
+    if 0 in (call.value("in_features"), call.value("weight").shape[0]):
+        return "a layer without inputs or outputs"
+    return host_reason(call)
+
+
+def pack_weight(weight: torch.Tensor, features: int) -> torch.Tensor:
+    """uint8 (outputs, ceil(features/8)), bit 1 where positive, as uint32 (panels, words, 4, 16).
+
+    Example:
+        >>> packed = pack_weight(torch.tensor([[1]], dtype=torch.uint8), 3)
+        >>> packed.shape, packed.view(torch.int32)[0, 0, 0, 0].item()
+        (torch.Size([1, 1, 4, 16]), 6)
+    """
+    outputs, panels = weight.shape[0], ceil_div(weight.shape[0], PANEL)
+    words = ceil_div(features, WORD)
+    negative = torch.zeros(panels * PANEL, words * WORD // 8, dtype=torch.uint8)
+    negative[:outputs, :weight.shape[1]] = ~weight
+    if features % 8:
+        negative[:, weight.shape[1] - 1] &= (1 << features % 8) - 1
+    blocks = negative.view(torch.int32).view(panels, VECTORS, LANE, words)
+    return blocks.permute(0, 3, 1, 2).contiguous().view(torch.uint32)
+
+
+def pad(values: torch.Tensor, outputs: int, multiple: int = PANEL) -> torch.Tensor:
+    """One number, or one for each output, as float32 for every column of the panels."""
+    padded = torch.zeros(ceil_div(outputs, multiple) * multiple)
+    padded[:outputs] = values
+    return padded
+
+
+def runner(module: Any, stored: Sequence[torch.Tensor], features: int, outputs: int,
+           worth_threads: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from x (..., features) to (..., outputs) that calls the compiled module."""
+    from tvm_ffi import from_dlpack
+
+    kept = [from_dlpack(tensor) for tensor in stored]
+    serial, by_rows, by_panels = (module[mode] for mode in ("serial", "rows", "panels"))
+    few = worth_threads // (features * outputs)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        flat = x if x.dtype is torch.float32 else x.float()
+        flat = flat.reshape(-1, features).contiguous()
+        rows = flat.shape[0]
+        out = torch.empty(rows, outputs)
+        threads = torch.get_num_threads()
+        if threads == 1 or rows <= few:
+            serial(flat, *kept, out)
+        elif rows >= 4 * threads * BLOCK:
+            by_rows(flat, *kept, out)
+        else:
+            by_panels(flat, *kept, out)
+        if x.ndim != 2:
+            out = out.view(*x.shape[:-1], outputs)
+        return out if x.dtype is torch.float32 else out.to(x.dtype)
+
+    return run
