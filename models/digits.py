@@ -101,12 +101,12 @@ def build() -> nn.Module:
         >>> build()(example_inputs()[0][0]).shape
         torch.Size([8, 10])
     """
-    return _load(Digits(), WEIGHTS)
+    return _load(Digits, WEIGHTS)
 
 
 def build_float() -> nn.Module:
     """Its float twin, trained on the same images, in eval mode."""
-    return _load(float_twin(), FLOAT_WEIGHTS)
+    return _load(float_twin, FLOAT_WEIGHTS)
 
 
 def example_inputs() -> tuple[tuple[torch.Tensor], dict[str, Any]]:
@@ -126,6 +126,8 @@ def evaluate(model_like: Callable[..., torch.Tensor]) -> dict[str, float]:
     return {"accuracy": (model_like(tokens).argmax(-1) == labels).double().mean().item()}
 
 
-def _load(model: nn.Module, path: Path) -> nn.Module:
-    model.load_state_dict(load_file(path))
+def _load(make: Callable[[], Digits], path: Path) -> Digits:
+    with torch.device("meta"):  # draws no random weights, which would move the caller's generator
+        model = make()
+    model.load_state_dict(load_file(path), assign=True)
     return model.eval()
