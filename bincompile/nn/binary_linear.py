@@ -58,6 +58,8 @@ class BinaryLinear(nn.Module):
         -1.0
     """
 
+    calibrated_scale: nn.Parameter | None
+
     def __init__(self, in_features: int, out_features: int, bias: bool = False, *,
                  activation: str = "binary", activation_scale: str = "row",
                  weight_scale: str = "row", shift: bool = False, compat: str | None = None,

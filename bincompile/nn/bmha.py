@@ -14,6 +14,8 @@ from bincompile.nn.binary_linear import BinaryLinear
 
 _MASK_SHAPES = "(B, S), (B, 1, S), (B, L, S) or (B, H, L, S), with 1 for any of B, H and L"
 
+_AXES_TO_ADD = {2: (slice(None), None, None), 3: (slice(None), None), 4: ()}  # to (B, H, L, S)
+
 
 class BMHA(nn.Module):
     """Multi-head attention with `BinaryLinear` projections and full-precision scores.
@@ -103,8 +105,7 @@ class BMHA(nn.Module):
             (self.q_linear, hidden_states), (self.k_linear, key), (self.v_linear, value)))
         bias, keep = self._read_mask(mask, query, key)
         if need_weights:
-            keep = _causal(keep, query, key, causal)
-            mixed, weights = self._attend(query, key, value, bias, keep)
+            mixed, weights = self._attend(query, key, value, bias, keep, causal)
         else:
             mixed, weights = self._attend_fused(query, key, value, bias, keep, causal), None
         return self.out(mixed.transpose(1, 2).flatten(2)), weights
@@ -121,9 +122,8 @@ class BMHA(nn.Module):
         if mask.dtype.is_complex:
             raise InputTypeError(f"mask of dtype {mask.dtype}",
                                  "bool or integer (keep where not 0), or float (added)", "the mask")
-        wide = {2: lambda m: m[:, None, None], 3: lambda m: m[:, None], 4: lambda m: m}.get(
-            mask.ndim, lambda m: None)(mask)
         sizes = (*query.shape[:3], key.shape[2])
+        wide = mask[_AXES_TO_ADD[mask.ndim]] if mask.ndim in _AXES_TO_ADD else None
         if wide is None or wide.shape[3] != sizes[3] or any(
                 n != size and n != 1 for n, size in zip(wide.shape[:3], sizes[:3], strict=True)):
             raise InputError(f"mask of shape {tuple(mask.shape)}", f"{_MASK_SHAPES}; here "
@@ -134,29 +134,34 @@ class BMHA(nn.Module):
         return torch.where(keep, wide, 0.0).to(query.dtype), keep
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                bias: torch.Tensor | None, keep: torch.Tensor | None,
+                bias: torch.Tensor | None, keep: torch.Tensor | None, causal: bool,
                 ) -> tuple[torch.Tensor, torch.Tensor]:
         scores = (query * self.head_dim**-0.5) @ key.mT
         if bias is not None:
             scores = scores + bias
+        past = _past(query, key) if causal else None
+        if past is not None:
+            scores = scores.masked_fill(~past, -math.inf)
         if keep is None:
             weights = torch.softmax(scores, -1)
-        else:
-            # a query that sees nothing is left unmasked here, or its softmax and gradient were NaN
-            sees = keep.any(-1, keepdim=True)
-            weights = torch.softmax(scores.masked_fill(~keep & sees, -math.inf), -1)
-            weights = weights.masked_fill(~sees, 0.0)
-        return self.dropout(weights) @ value, weights
+            return self.dropout(weights) @ value, weights
+        sees = (keep if past is None else keep & past).any(-1, keepdim=True)
+        # a query that sees nothing is left unmasked here, or its softmax and gradient were NaN
+        weights = torch.softmax(scores.masked_fill(~keep & sees, -math.inf), -1)
+        mixed = self.dropout(weights) @ value
+        return mixed.masked_fill(~sees, 0.0), weights.masked_fill(~sees, 0.0)
 
     def _attend_fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                       bias: torch.Tensor | None, keep: torch.Tensor | None, causal: bool,
                       ) -> torch.Tensor:
-        if keep is not None:
-            keep = _causal(keep, query, key, causal)
-        attn_mask = keep if bias is None else torch.where(keep, bias, -math.inf)
+        mask = keep
+        if keep is not None and causal:
+            mask = keep & _past(query, key)
+        if mask is not None and bias is not None:
+            mask = torch.where(mask, bias, -math.inf)
         return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, self.dropout.p if self.training else 0.0,
-            is_causal=causal and keep is None)
+            query, key, value, mask, self.dropout.p if self.training else 0.0,
+            is_causal=causal and mask is None)
 
     def extra_repr(self) -> str:
         """The sizes."""
@@ -175,9 +180,6 @@ def _check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                              "hidden_states and as many tokens as each other", f"the {name}")
 
 
-def _causal(keep: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor,
-            causal: bool) -> torch.Tensor | None:
-    if not causal:
-        return keep
-    seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    return seen if keep is None else keep & seen
+def _past(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """(L, S) bool: key j is not later than query i."""
+    return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
