@@ -6,10 +6,13 @@ the one that was registered last, so `share_threads` registers ours after TVM's 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -52,8 +55,12 @@ def link(output: str | Path, inputs: Iterable[str | Path]) -> None:
                           "a C compiler with OpenMP", "the compiler, or set CC to another")
 
 
+@functools.cache
 def shim_library() -> Path | None:
-    """The shim as a library: prebuilt, else compiled once; None if neither can be had."""
+    """The shim as a library: prebuilt, else compiled, into the cache where it can be written.
+
+    None if there is no C compiler either.
+    """
     prebuilt = _find(LIBRARY)
     if prebuilt is not None:
         return prebuilt
@@ -61,7 +68,13 @@ def shim_library() -> Path | None:
     if program is None:
         return None
     name = f"shim-{digest(shim_source().read_text(), program, *FLAGS)}.so"
-    return cached(name, lambda path: link(path, ()))
+    try:
+        return cached(name, lambda path: link(path, ()))
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="bincompile-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        link(folder / name, ())
+        return folder / name
 
 
 def share_threads() -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bincompile.runtime.kernels import Call, host_reason
-from bincompile.runtime.schedules.common import BLOCK, LANE, PANEL, VECTORS, WORD, ceil_div
+from bincompile.runtime.schedules.common import LANE, PANEL, VECTORS, WORD, ceil_div
 
 INPUTS = (torch.float32, torch.float16, torch.bfloat16)
 _STORED = ("weight", "weight_scale", "bias", "in_features", "activation", "activation_scale",
@@ -51,6 +51,13 @@ def pack_weight(weight: torch.Tensor, features: int) -> torch.Tensor:
     return blocks.permute(0, 3, 1, 2).contiguous().view(torch.uint32)
 
 
+def fold_signs(packed: torch.Tensor) -> torch.Tensor:
+    """The layout for tables of eight sums: the fourth bit turns the lower three."""
+    quads = packed.view(torch.uint8)
+    sign = quads & 0x88
+    return (quads ^ (sign >> 1) ^ (sign >> 2) ^ (sign >> 3)).view(torch.uint32)
+
+
 def pad(values: torch.Tensor, outputs: int, multiple: int = PANEL) -> torch.Tensor:
     """One number, or one for each output, as float32 for every column of the panels."""
     padded = torch.zeros(ceil_div(outputs, multiple) * multiple)
@@ -59,8 +66,14 @@ def pad(values: torch.Tensor, outputs: int, multiple: int = PANEL) -> torch.Tens
 
 
 def runner(module: Any, stored: Sequence[torch.Tensor], features: int, outputs: int,
-           worth_threads: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from x (..., features) to (..., outputs) that calls the compiled module."""
+           block: int, worth_threads: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from x (..., features) to (..., outputs) that calls the compiled module.
+
+    Args:
+        stored: the arguments of the compiled functions between x and the result.
+        block: rows of one block of the schedule.
+        worth_threads: products below which a second thread costs more than it brings.
+    """
     from tvm_ffi import from_dlpack
 
     kept = [from_dlpack(tensor) for tensor in stored]
@@ -69,13 +82,16 @@ def runner(module: Any, stored: Sequence[torch.Tensor], features: int, outputs: 
 
     def run(x: torch.Tensor) -> torch.Tensor:
         flat = x if x.dtype is torch.float32 else x.float()
-        flat = flat.reshape(-1, features).contiguous()
+        if flat.ndim != 2:
+            flat = flat.reshape(-1, features)
+        if not flat.is_contiguous():
+            flat = flat.contiguous()
         rows = flat.shape[0]
         out = torch.empty(rows, outputs)
         threads = torch.get_num_threads()
         if threads == 1 or rows <= few:
             serial(flat, *kept, out)
-        elif rows >= 4 * threads * BLOCK:
+        elif rows >= 4 * threads * block:
             by_rows(flat, *kept, out)
         else:
             by_panels(flat, *kept, out)

@@ -9,9 +9,9 @@ import torch
 from bincompile.runtime.kernels import Call, Kernel
 from bincompile.runtime.panels import linear_reason, pack_weight, pad, runner
 from bincompile.runtime.schedules.common import WORD, ceil_div
+from bincompile.runtime.schedules.w1a1_linear import BLOCK
 from bincompile.runtime.tvm import Recipe, load, obstacle
 
-# Below this many products a second thread costs more than it brings.
 WORTH_THREADS = 1 << 23
 
 
@@ -38,10 +38,11 @@ def _bind(call: Call) -> Callable[[torch.Tensor], torch.Tensor]:
     stored += [pad(call.value(name), outputs) for name in ("weight_scale", "bias")
                if call.value(name) is not None]
     if call.value("shift") is not None:
-        stored.append(pad(call.value("shift"), words * WORD, words * WORD))
+        stored.append(pad(call.value("shift"), words * WORD, WORD))
     if call.value("activation_scale") is not None:
         stored.append(call.value("activation_scale").reshape(1).float())
-    return runner(load(_recipe(call), call.target), stored, features, outputs, WORTH_THREADS)
+    return runner(load(_recipe(call), call.target), stored, features, outputs, BLOCK,
+                  WORTH_THREADS)
 
 
 KERNEL = Kernel("tvm-w1a1", "binary_linear", _supports, _bind, priority=20)

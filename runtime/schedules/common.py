@@ -9,7 +9,6 @@ LANE = 16  # outputs of one vector
 VECTORS = 4  # vectors of one panel
 PANEL = LANE * VECTORS
 WORD = 32  # bits of one packed word
-BLOCK = 32  # rows that are prepared together: what is made of them stays in a near cache
 
 # How the two outer loops run (blocks of rows, panels of outputs): "serial" for little work,
 # "rows" for many rows, "panels" for few.
@@ -27,18 +26,19 @@ def span(T: Any, start: Any, lanes: int = LANE) -> Any:
     return T.ramp(start, 1, lanes) if lanes > 1 else start
 
 
-def store_outputs(T: Any, out: Any, row: Any, column: Any, values: Any, outputs: int) -> None:
+def store_outputs(T: Any, out: Any, row: Any, column: Any, values: Any, outputs: int,
+                  lanes: int = LANE) -> None:
     """Store one vector of outputs; columns from `outputs` on are padding and are not stored."""
     if outputs % PANEL == 0:
-        T.buffer_store(out, values, [row, span(T, column)])
+        T.buffer_store(out, values, [row, span(T, column, lanes)])
         return
-    with T.If(column + LANE <= outputs):
+    with T.If(column + lanes <= outputs):
         with T.Then():
-            T.buffer_store(out, values, [row, span(T, column)])
+            T.buffer_store(out, values, [row, span(T, column, lanes)])
         with T.Else():
-            kept = T.alloc_buffer((LANE,), "float32", scope="local")
-            T.buffer_store(kept, values, [span(T, 0)])
-            with T.serial(0, LANE) as lane, T.If(column + lane < outputs), T.Then():
+            kept = T.alloc_buffer((lanes,), "float32", scope="local")
+            T.buffer_store(kept, values, [span(T, 0, lanes)])
+            with T.serial(0, lanes) as lane, T.If(column + lane < outputs), T.Then():
                 T.buffer_store(out, kept[lane], [row, column + lane])
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from bincompile.ops.bits import LANES
 from bincompile.runtime.schedules.common import (
-    BLOCK,
     LANE,
     MODES,
     PANEL,
@@ -28,6 +27,8 @@ from bincompile.runtime.schedules.common import (
     store_outputs,
     tail_text,
 )
+
+BLOCK = 32  # rows of one block: their packed bits stay in the first-level cache
 
 # A nan is negative (unordered), -0.0 is not. Halving adds up lanes in the order of
 # `bits.row_scale`. The fence keeps LLVM from fusing the addition of the bias with the product
