@@ -104,7 +104,8 @@ def inspect(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
         >>> inspect(model, (x, x, x)).matches[0].attrs["heads"]
         4
     """
-    return Report.of(run(EXACT, capture(model, *_call(args, kwargs), dynamic_shapes).program))
+    program = capture(model, *_call(args, kwargs), dynamic_shapes).program
+    return Report.of(run((*EXACT, *LOWER), program))
 
 
 def _call(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -75,7 +75,7 @@ class CompiledModel:
         """Write the program to one file that `bincompile.load` reads; see `bincompile.artifact`."""
         from bincompile.artifact import save
 
-        save(self._program, path)
+        save(self._program, self._executable.kernels, path)
 
     def stream(self, batch_size: int = 1) -> Any:
         """One step at a time; only for a model compiled with `continual=`."""

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from bincompile.record import Match, Refusal, Rewrite
-from bincompile.signature import Signature
+from bincompile.signature import Signature, TensorMeta
 
 LEVELS = ("captured", "normal", "matched", "validated", "canonical", "packed", "binary", "lowered")
 
@@ -93,7 +93,7 @@ class Program:
         values = [n.meta["val"] for n in self.graph.nodes if n.op == "placeholder"]
         examples = tuple(_example(v) for v in values)
         dims = tuple({i: torch.export.Dim.AUTO for i, s in enumerate(v.shape)
-                      if not isinstance(s, int)} if isinstance(v, torch.Tensor) else None
+                      if not isinstance(s, int)} if hasattr(v, "shape") else None
                      for v in values)
         return torch.export.export(self.graph_module, examples, dynamic_shapes=dims)
 
@@ -137,9 +137,10 @@ def source_line(node: fx.Node) -> str:
 
 
 def _example(value: Any) -> Any:
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor | TensorMeta):
         return value
-    sizes = [s if isinstance(s, int) else s.node.hint or 2 for s in value.shape]
+    sizes = [s if isinstance(s, int) else 2 if isinstance(s, str) else s.node.hint
+             for s in value.shape]
     return torch.zeros(sizes, dtype=value.dtype)
 
 
@@ -169,10 +170,12 @@ def target_name(target: Any) -> str:
 
 def describe(value: Any) -> str:
     """Dtype and shape of a fake value, e.g. `float32[s0, 16, 64]`."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor | TensorMeta):
         return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, tuple | list):
         return f"({', '.join(map(describe, value))})"
+    if isinstance(value, torch.SymInt | str):  # a size, or one in a loaded program
+        return "size"
     return type(value).__name__ if not isinstance(value, int | float) else str(value)
 
 

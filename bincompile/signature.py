@@ -13,6 +13,35 @@ from bincompile.errors import InputError, InputTypeError
 
 
 @dataclasses.dataclass(frozen=True)
+class TensorMeta:
+    """Dtype and shape of a tensor that is not there yet; a size that is a string is symbolic."""
+
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+
+    @property
+    def ndim(self) -> int:
+        """The rank."""
+        return len(self.shape)
+
+
+class Result(dict[str, Any]):
+    """Named results of a loaded model, also readable as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+pytree.register_pytree_node(
+    Result, lambda r: (list(r.values()), list(r.keys())),
+    lambda values, keys: Result(zip(keys, values, strict=True)),
+    serialized_type_name="bincompile.signature.Result")
+
+
+@dataclasses.dataclass(frozen=True)
 class InputSpec:
     """One flat input: a tensor of a dtype and shape, or a constant that was captured.
 

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from bincompile.errors import CaptureError, ConfigError, InputTypeError
 from bincompile.passes.check import check_sizes
+from bincompile.passes.graph import drop_unread
 from bincompile.program import Program
 from bincompile.signature import InputSpec, Signature
 
@@ -246,7 +247,7 @@ def unlift(exported: ExportedProgram) -> tuple[fx.GraphModule, list[Any]]:
         if node.op == "placeholder":
             values.append(node.meta["val"])
     module = fx.GraphModule(tensors, graph)
-    module.graph.eliminate_dead_code()
+    drop_unread(module.graph)
     module.recompile()
     return module, values
 

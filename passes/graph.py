@@ -210,11 +210,20 @@ def store(graph_module: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.N
 
 def finish(graph_module: fx.GraphModule) -> fx.GraphModule:
     """Drop what nothing reads, check the graph, and make it callable again."""
-    graph_module.graph.eliminate_dead_code()
+    drop_unread(graph_module.graph)
     graph_module.delete_all_unused_submodules()
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module
+
+
+def drop_unread(graph: fx.Graph) -> None:
+    """Drop every node that nothing reads; assertions on sizes stay.
+
+    torch counts operators that may draw random numbers as impure, so attention would stay behind.
+    """
+    asserts = (aten._assert_scalar.default, aten._assert_async.msg)
+    graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.target in asserts)
 
 
 def users(node: fx.Node) -> Iterator[fx.Node]:
