@@ -229,3 +229,21 @@ def test_inputs_need_not_be_contiguous() -> None:
     assert not x.is_contiguous()
     assert torch.equal(layer(x)[0], layer(x.contiguous())[0])
     assert torch.equal(layer.q_linear(x[:, ::2]), layer.q_linear(x[:, ::2].contiguous()))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [None, torch.ones(B, L).bool(), torch.zeros(B, L, L)],
+                         ids=["none", "keep", "added"])
+def test_attention_is_recognised_and_compiled(mask: torch.Tensor | None, causal: bool,
+                                              need_weights: bool) -> None:
+    layer = BMHA(DIM, HIDDEN, H).eval()
+    fixed = {"causal": causal, "need_weights": need_weights}
+    compiled = bc.optimize(layer, (torch.randn(B, L, DIM), mask), fixed)
+    found = [m for m in compiled.report.matches if m.operator == "attention"]
+    assert len(found) == 1 and found[0].validated
+    if mask is not None:
+        mask = torch.rand(4, 9) > 0.4 if mask.ndim == 2 else torch.randn(4, 9, 9)
+    x = torch.randn(4, 9, DIM)
+    for f, w in zip(compiled(x, mask, **fixed), layer(x, mask, **fixed), strict=True):
+        assert f is w is None or torch.allclose(f, w, atol=1e-5)

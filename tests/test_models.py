@@ -286,6 +286,20 @@ def test_models_import_neither_transformers_nor_sklearn() -> None:
     assert found.stdout.strip() == "[]", found.stderr
 
 
+# what the compiler finds
+
+
+@pytest.mark.parametrize(("module", "options", "attention", "embedding"), [
+    (digits, (), 2, 1), (minilm, ("sdpa",), 6, 3), (minilm, ("eager",), 6, 3),
+    (bert, ("sdpa",), 12, 3)])
+def test_every_attention_and_look_up_is_found_and_proven(
+        module: ModuleType, options: tuple[str, ...], attention: int, embedding: int) -> None:
+    report = bc.inspect(module.build(*options), *module.example_inputs())
+    found = [match.operator for match in report.matches]
+    assert (found.count("attention"), found.count("embedding")) == (attention, embedding)
+    assert all(match.validated for match in report.matches) and not report.lossy
+
+
 # the figures of similarity
 
 
