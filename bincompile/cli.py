@@ -90,7 +90,8 @@ def _positive(text: str) -> int:
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=_positive, help="threads of torch and of our kernels")
+    parser.add_argument("--threads", type=_positive, default=1, metavar="N",
+                        help="threads of torch and of our kernels (default: 1)")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -140,8 +141,7 @@ def _demo(options: argparse.Namespace) -> Outcome:
 
     from bincompile import demo
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     result = demo.run()
     return Outcome(result, demo.text(result), demo.succeeded(result))
 

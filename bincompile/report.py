@@ -87,15 +87,17 @@ class Report:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Aligned text columns, numbers to the right.
+    """Aligned text columns, numbers to the right; a column without a value is left out.
 
     Example:
-        >>> print(table(("name", "us"), [("bits", 12), ("float", 340)]))
+        >>> print(table(("name", "note", "us"), [("bits", "", 12), ("float", "", 340)]))
           name    us
           bits    12
           float  340
     """
     given = [list(row) for row in rows]
+    used = [i for i in range(len(header)) if not given or any(row[i] != "" for row in given)]
+    header, given = [header[i] for i in used], [[row[i] for i in used] for row in given]
     numeric = [bool(given) and all(not isinstance(row[i], str) for row in given)
                for i in range(len(header))]
     lines = [list(header), *([cell if isinstance(cell, str) else f"{cell:,}" for cell in row]
@@ -156,5 +158,5 @@ def _proof(evidence: Evidence | None) -> str:
     if evidence is None:
         return "not tried"
     verdict = "" if evidence.passed else "failed: "
-    return (f"{verdict}{evidence.max_error:.1e} of {evidence.limit:.0e} "
-            f"({evidence.trials} trials, {evidence.dtype})")
+    return (f"{verdict}{evidence.max_error:.1e} of {evidence.limit:.0e}, "
+            f"{evidence.trials} trials in {evidence.dtype}")

@@ -77,7 +77,7 @@ def test_python_blocks_run_and_print_what_the_readme_shows(
     assert ran >= 3
 
 
-@pytest.mark.parametrize(("command", "shown"), console_commands(), ids=lambda text: text[:40])
+@pytest.mark.parametrize(("command", "shown"), [*console_commands()], ids=lambda text: text[:40])
 def test_console_blocks_run(command: str, shown: str, tmp_path: Path) -> None:
     assert command.split()[0] == "bincompile"
     found = subprocess.run([sys.executable, "-m", *command.split()], cwd=tmp_path, check=False,
