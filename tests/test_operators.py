@@ -1,0 +1,233 @@
+"""Every operator against its own description: schema, shapes, errors, values, gradients."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bincompile.errors import BincompileError
+from bincompile.op import Operator, Sample
+from bincompile.ops import OPERATORS, bits
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor",
+          "test_aot_dispatch_dynamic")
+
+
+def samples(bad: bool = False) -> list[Any]:
+    """Every sample of every operator, with a name that says which."""
+    found = []
+    for operator in OPERATORS.values():
+        make = operator.bad_samples if bad else operator.samples
+        found += [pytest.param(operator, sample, id=f"{operator.name}-{number}")
+                  for number, sample in enumerate(make(torch.Generator().manual_seed(7)))]
+    return found
+
+
+def flat(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def wide(value: Any) -> Any:
+    """A float tensor in float64; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.detach().double()
+    return value
+
+
+@pytest.mark.parametrize(("operator", "sample"), samples())
+def test_opcheck_passes(operator: Operator, sample: Sample) -> None:
+    results = flat(operator.overload(*sample.args, **sample.kwargs))
+    has_nan = any(r.isnan().any() for r in results)  # opcheck compares without equal_nan
+    checks = ("test_schema", "test_faketensor") if has_nan else CHECKS
+    torch.library.opcheck(operator.overload, sample.args, sample.kwargs, test_utils=checks)
+
+
+@pytest.mark.parametrize(("operator", "sample"), samples())
+def test_the_fake_kernel_gives_the_shapes_of_the_reference(
+        operator: Operator, sample: Sample) -> None:
+    given = operator.bind(sample.args, sample.kwargs).values()
+    meta = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in given]
+    found, expected = flat(operator.shape(*meta)), flat(operator.reference(*given))
+    assert ([(f.shape, f.dtype) for f in found] == [(e.shape, e.dtype) for e in expected])
+
+
+@pytest.mark.parametrize(("operator", "sample"), samples(bad=True))
+def test_a_bad_call_raises_and_says_what_was_wrong(operator: Operator, sample: Sample) -> None:
+    with pytest.raises(BincompileError) as caught:
+        operator.overload(*sample.args, **sample.kwargs)
+    assert sample.error in str(caught.value)
+    assert all((caught.value.found, caught.value.allowed, caught.value.change))
+
+
+def test_every_operator_has_samples_and_bad_samples() -> None:
+    for operator in OPERATORS.values():
+        generator = torch.Generator().manual_seed(0)
+        assert list(operator.samples(generator)) and list(operator.bad_samples(generator))
+        assert operator.source
+
+
+def signs_of(packed: torch.Tensor, features: int) -> torch.Tensor:
+    """The weights of a packed tensor, bit by bit."""
+    rows = [[1.0 if int(byte) >> bit & 1 else -1.0 for byte in row for bit in range(8)]
+            for row in packed]
+    return torch.tensor(rows, dtype=torch.float64)[:, :features]
+
+
+def linear(x, signs, weight_scale, bias, activation, activation_scale, shift):
+    """A binary linear layer, row by row from its definition."""
+    x, factor = x if shift is None else x + shift, torch.ones(())
+    if activation == "binary":
+        factor = x.abs().mean(-1, keepdim=True) if activation_scale is None else activation_scale
+        x = torch.where(x >= 0, 1.0, -1.0).double()
+    out = torch.einsum("...k,nk->...n", x, signs) * factor * weight_scale
+    return out if bias is None else out + bias
+
+
+def binary_linear(x, weight, weight_scale, bias, in_features, activation, activation_scale, shift):
+    return linear(x, signs_of(weight, in_features), weight_scale, bias, activation,
+                  activation_scale, shift)
+
+
+def fake_binary_linear(x, weight, weight_scale, bias, activation, activation_scale, shift):
+    signs = torch.where(weight >= 0, 1.0, -1.0).double()
+    return linear(x, signs, weight_scale, bias, activation, activation_scale, shift)
+
+
+def attention(query, key, value, bias, mask, scale, fill, causal, masked_row, need_weights):
+    """Attention one score at a time, so that no torch kernel decides what an empty row gives."""
+    scores = torch.einsum("...md,...nd->...mn", query, key) * scale
+    scores = scores if bias is None else scores + bias
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf if fill is None else fill)
+    if causal:
+        m, n = scores.shape[-2:]
+        scores = scores.masked_fill(torch.arange(n) > torch.arange(m)[:, None], -math.inf)
+    top = scores.amax(-1, keepdim=True)
+    empty = top == -math.inf
+    powers = (scores - torch.where(empty, 0.0, top)).exp()
+    weights = powers / powers.sum(-1, keepdim=True)
+    weights = torch.where(empty, 0.0 if masked_row == "zero" else math.nan, weights)
+    out = torch.einsum("...mn,...ne->...me", weights, value)
+    return (out, weights) if need_weights else (out,)
+
+
+def embedding(table, indices):
+    out = table.new_empty(indices.numel(), table.shape[1])
+    for place, index in enumerate(indices.flatten().tolist()):
+        out[place] = table[index]
+    return out.reshape(*indices.shape, table.shape[1])
+
+
+def binary_embedding(indices, table, row_scale, embedding_dim):
+    signs = signs_of(table, embedding_dim) * row_scale[:, None]
+    return embedding(signs, indices)
+
+
+def embedding_bag(table, indices, offsets, mode, weights, include_last_offset, padding_idx):
+    if offsets is None:
+        bags = list(indices)
+    else:
+        ends = offsets.tolist() + ([] if include_last_offset else [indices.numel()])
+        bags = [indices[a:b] for a, b in itertools.pairwise(ends)]
+    factors = torch.ones(indices.numel()) if weights is None else weights
+    out, done = [], 0
+    for bag in bags:
+        kept = [(table[i], factors[done + n]) for n, i in enumerate(bag) if i != padding_idx]
+        done += len(bag)
+        rows = torch.stack([r * f for r, f in kept]) if kept else table[:0]
+        reduce: dict[str, Callable[[], torch.Tensor]] = {
+            "sum": lambda rows=rows: rows.sum(0), "mean": lambda rows=rows: rows.mean(0),
+            "max": lambda rows=rows: rows.amax(0)}
+        out.append(reduce[mode]() if kept else table.new_zeros(table.shape[1]))
+    return torch.stack(out)
+
+
+def pack_signs(x):
+    flags = torch.zeros(*x.shape[:-1], -(-x.shape[-1] // 8) * 8, dtype=torch.uint8)
+    flags[..., :x.shape[-1]] = x >= 0
+    return sum(flags[..., bit::8] << bit for bit in range(8))
+
+
+FORMULAS = {f.__name__: f for f in (attention, binary_embedding, binary_linear, embedding,
+                                    embedding_bag, fake_binary_linear, pack_signs)}
+
+
+def test_every_operator_has_an_independent_formula() -> None:
+    assert set(FORMULAS) == set(OPERATORS)
+
+
+@pytest.mark.parametrize(("operator", "sample"), samples())
+def test_the_reference_agrees_with_an_independent_float64_formula(
+        operator: Operator, sample: Sample) -> None:
+    given = operator.bind(sample.args, sample.kwargs)
+    expected = flat(FORMULAS[operator.name](*map(wide, given.values())))
+    found = flat(operator.overload(*sample.args, **sample.kwargs))
+    loose = found[0].dtype in (torch.float16, torch.bfloat16) and operator.name != "embedding"
+    limits = {"rtol": 2e-2, "atol": 2e-2} if loose else {"rtol": 2e-5, "atol": 2e-5}
+    for f, e in zip(found, expected, strict=False):
+        torch.testing.assert_close(f.detach().double(), e.double(), equal_nan=True, **limits)
+
+
+@pytest.mark.parametrize("activation", ["binary", "float"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["row", "tensor"])
+@pytest.mark.parametrize("shifted", [False, True], ids=["plain", "shift"])
+def test_gradients_of_fake_binary_linear_are_the_written_formula(
+        activation: str, scaled: bool, shifted: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    x, weight, scale, bias = leaf(2, 3, 12), leaf(5, 12), leaf(5), leaf(5)
+    given = leaf(1) if scaled else None
+    shift = leaf(12) if shifted else None
+    grad = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    torch.ops.bincompile.fake_binary_linear(x, weight, scale, bias, activation, given,
+                                            shift).backward(grad)
+    z = (x if shift is None else x + shift).detach()
+    signs = torch.where(weight >= 0, 1.0, -1.0).double()
+    row = z.abs().mean(-1, keepdim=True) if given is None else given.detach()
+    used = z if activation == "float" else row * torch.where(z >= 0, 1.0, -1.0)
+    dx = torch.einsum("bmn,nk->bmk", grad * scale, signs)
+    if activation == "binary":
+        dx = dx * (z.abs() <= 2 * row)
+    expected = {
+        "x": (x, dx), "bias": (bias, grad.sum((0, 1))),
+        "weight": (weight, torch.einsum("bmn,bmk->nk", grad * scale, used)),
+        "weight_scale": (scale, torch.einsum("bmn,bmk,nk->n", grad, used, signs)),
+    }
+    if shift is not None:
+        expected["shift"] = (shift, dx.sum((0, 1)))
+    if given is not None and activation == "binary":
+        products = torch.einsum("bmk,nk->bmn", torch.where(z >= 0, 1.0, -1.0).double(), signs)
+        expected["activation_scale"] = (given, (grad * scale * products).sum().reshape(1))
+    for name, (tensor, gradient) in expected.items():
+        assert torch.allclose(tensor.grad, gradient.detach(), rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("features", [1, 7, 8, 9, 31, 32, 33, 100])
+def test_packing_keeps_every_sign_and_leaves_padding_at_zero(features: int) -> None:
+    x = torch.randn(5, features)
+    x[0], x[1, 0], x[2, 0] = 0.0, -0.0, math.nan
+    packed = bits.pack(x)
+    expected = torch.where(x >= 0, 1.0, -1.0)
+    assert torch.equal(signs_of(packed, features).float(), expected)
+    assert torch.equal(bits.unpack(packed, features, torch.float32), expected)
+    assert not bool((packed[:, -1].int() >> (features - 1) % 8 + 1).any())
+
+
+def test_a_row_scale_adds_in_its_documented_order() -> None:
+    x = torch.randn(3, 53)
+    for row, found in zip(x.abs(), bits.row_scale(x)[:, 0], strict=True):
+        lanes = [torch.tensor(0.0)] * 16
+        for place, value in enumerate(row):
+            lanes[place % 16] = lanes[place % 16] + value
+        while len(lanes) > 1:
+            half = len(lanes) // 2
+            lanes = [a + b for a, b in zip(lanes[:half], lanes[half:], strict=True)]
+        assert torch.equal(found, lanes[0] / 53)
