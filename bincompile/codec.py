@@ -91,7 +91,8 @@ def _decode_node(graph: fx.Graph, entry: Mapping[str, Json], nodes: dict[str, fx
     if kind == "placeholder":
         node = graph.create_node("placeholder", name, name=name)
     elif kind == "output":
-        node = graph.create_node("output", "output", (_decode_arg(entry["args"], nodes),), name=name)
+        results = _decode_arg(entry["args"], nodes)
+        node = graph.create_node("output", "output", (results,), name=name)
     elif kind == "call_function" and entry["target"] in FUNCTIONS:
         node = graph.create_node(
             "call_function", FUNCTIONS[entry["target"]], tuple(_decode_arg(entry["args"], nodes)),
@@ -197,7 +198,8 @@ def _encode_tree(spec: pytree.TreeSpec) -> Json:
         return {spec.type.__name__: children}
     keys = spec.context if isinstance(spec.context, list | tuple) else None
     if keys is None or len(keys) != len(children) or not all(isinstance(k, str) for k in keys):
-        raise ArtifactError(f"inputs or results of type {getattr(spec.type, '__name__', spec.type)}",
+        found = getattr(spec.type, "__name__", spec.type)
+        raise ArtifactError(f"inputs or results of type {found}",
                             "tensors in tuples, lists, dicts and dataclass-like results",
                             "what the model takes and returns")
     kind = "dict" if spec.type in (dict, OrderedDict) else "result"

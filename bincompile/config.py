@@ -97,7 +97,12 @@ class Guard:
 
 @dataclasses.dataclass(frozen=True)
 class Continual:
-    """A streaming form: `window` tokens of memory along `time_dim`."""
+    """A streaming form: `window` tokens of memory along `time_dim`.
+
+    Example:
+        >>> Continual.of(16).window
+        16
+    """
 
     window: int | None = None
     time_dim: int = 1

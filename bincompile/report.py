@@ -25,7 +25,7 @@ class Report:
 
     Example:
         >>> import torch, bincompile as bc
-        >>> report = bc.inspect(torch.nn.Embedding(5, 4), (torch.tensor([[0, 3]]),))
+        >>> report = bc.inspect(torch.nn.Embedding(5, 4).eval(), (torch.tensor([[0, 3]]),))
         >>> [(m.operator, m.validated) for m in report.matches], report.lossy
         ([('embedding', True)], False)
     """

@@ -45,7 +45,8 @@ class Found:
         return (left, right) if self.by_left else (right, left)
 
 
-def around_softmax(softmax: fx.Node, axis: int, masked_row: str, context: Context) -> Candidate | None:
+def around_softmax(softmax: fx.Node, axis: int, masked_row: str,
+                   context: Context) -> Candidate | None:
     """The candidate around a softmax over `axis`; None if there is no product before it."""
     read = read_scores(softmax.args[0], context)
     if read is None:

@@ -46,7 +46,8 @@ def sites(program: Program, binary: Binary) -> list[Site]:
 
 def _weights(program: Program, binary: Binary) -> Iterator[tuple[fx.Node, str, fx.Node]]:
     for node in program.graph.nodes:
-        if binary.linear and node.target is aten.linear.default and len(shape_of(node.args[1])) == 2:
+        if binary.linear and node.target is aten.linear.default \
+                and len(shape_of(node.args[1])) == 2:
             yield node, binary_linear.name, node.args[1]
         elif binary.embedding and node.target is embedding.overload:
             yield node, binary_embedding.name, node.args[0]

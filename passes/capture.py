@@ -23,7 +23,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from bincompile.errors import CaptureError, ConfigError, InputTypeError
+from bincompile.errors import CaptureError, ConfigError, InputError, InputTypeError
 from bincompile.passes.check import check_sizes
 from bincompile.passes.graph import drop_unread
 from bincompile.program import Program
@@ -49,7 +49,17 @@ def capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
         CaptureError: the model has no graph.
         ProofError: the graph is not the model.
     """
-    captured = _capture(model, args, kwargs, dynamic_shapes)
+    captured = _checked(_capture(model, args, kwargs, dynamic_shapes))
+    if captured.example is None or isinstance(model, ExportedProgram):
+        return captured
+    try:
+        captured.program.signature.flatten(tuple(args), dict(kwargs or {}))
+    except InputError:  # the given sizes of 1 were doubled, and the model treats them apart
+        return _checked(_capture(model, args, kwargs, dynamic_shapes, grow=False))
+    return captured
+
+
+def _checked(captured: Captured) -> Captured:
     if captured.example is None:
         return captured
     program = check_sizes(captured.program, captured.model, captured.example)
@@ -57,7 +67,8 @@ def capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
 
 
 def _capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...],
-             kwargs: Mapping[str, Any] | None, dynamic_shapes: Any) -> Captured:
+             kwargs: Mapping[str, Any] | None, dynamic_shapes: Any,
+             grow: bool = True) -> Captured:
     if isinstance(model, ExportedProgram):
         return _from_exported(model, args, kwargs)
     check_model(model)
@@ -74,7 +85,7 @@ def _capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...],
                              "args= and kwargs= of optimize")
     wrapped, out_spec = _Flat(model, example, in_spec), []
     with exporting(model), torch.no_grad():
-        example = grown(wrapped, example) if dynamic_shapes == "auto" else example
+        example = grown(wrapped, example) if grow and dynamic_shapes == "auto" else example
         out_spec.append(pytree.tree_structure(model(*in_spec.unflatten(example)[0],
                                                     **in_spec.unflatten(example)[1])))
         tensors = tuple(v for v in example if isinstance(v, torch.Tensor))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import fx
 
 from bincompile.errors import ProofError
 from bincompile.ops import operator_of
-from bincompile.ops.bits import row_scale
 from bincompile.ops.binary_linear import binary_linear
+from bincompile.ops.bits import row_scale
 from bincompile.ops.fake_binary_linear import fake_binary_linear
 from bincompile.passes.validate import difference
 from bincompile.program import Program
@@ -21,7 +21,7 @@ from bincompile.runtime.executor import Executable
 
 # Largest relative difference of a whole model's outputs, by the dtype that they have.
 LIMITS = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-4, torch.float64: 1e-9}
-SIZES = (1, 3)  # what every size that may vary is set to, beside the example's
+OTHER_SIZE = 3  # what sizes that may vary are set to, beside the example's and 1
 FLIPPED_SHARE, FLIPPED_SIZE = 1e-5, 1e-6
 
 
@@ -42,22 +42,33 @@ def check_sizes(program: Program, model: Callable[[list[Any]], list[Any]],
         raise ProofError(f"the captured graph differs from the model: {worst}",
                          "the same results", "report the model: its forward does something that "
                          "torch.export does not see, such as reading state outside of itself")
-    variable = {s for spec in program.signature.inputs for s in spec.shape if isinstance(s, str)}
     notes = list(program.notes)
-    for size in SIZES if variable else ():
-        resized = _resized(program, example, size)
-        if resized is None:
-            continue
-        worst = _disagreement(program, model, resized)
+    for symbols, size in _variants(program, example):
+        resized = _resized(program, example, symbols, size)
+        worst = None if resized is None else _disagreement(program, model, resized)
         if worst is not None and size == 1:
-            program = _least(program, 2)
-            notes.append(f"sizes of 1 are refused: the model treats them apart ({worst})")
+            program = _least(program, symbols, 2)
+            notes.append(f"a size of 1 is refused for {', '.join(sorted(symbols))}: the model "
+                         f"treats it apart ({worst})")
         elif worst is not None:
             program = _fixed(program, example)
             notes.append(f"sizes are fixed to the example's: the graph does not follow the "
                          f"model at others ({worst})")
             break
     return dataclasses.replace(program, notes=tuple(notes))
+
+
+def _variants(program: Program, example: Sequence[Any]) -> Iterator[tuple[frozenset[str], int]]:
+    """Sizes to try: every group of sizes that are equal in the example at 1, all at another."""
+    groups: dict[int, set[str]] = {}
+    for spec, value in zip(program.signature.inputs, example, strict=True):
+        for axis, want in enumerate(spec.shape):
+            if isinstance(want, str):
+                groups.setdefault(value.shape[axis], set()).add(want)
+    together = frozenset().union(*groups.values())
+    if together:
+        yield from ((frozenset(group), 1) for group in groups.values())
+        yield together, OTHER_SIZE
 
 
 def _disagreement(program: Program, model: Callable[[list[Any]], list[Any]],
@@ -71,7 +82,8 @@ def _disagreement(program: Program, model: Callable[[list[Any]], list[Any]],
         try:
             found = program.graph_module(*flat)
         except Exception as error:
-            return f"the graph fails with {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            first = str(error).partition("\n")[0][:120]
+            return f"the graph fails with {type(error).__name__}: {first}"
     return disagreement(expected, found)
 
 
@@ -99,12 +111,13 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def _resized(program: Program, example: Sequence[Any], size: int) -> list[Any] | None:
-    """The example with every size that may vary set to `size`; None if that changes nothing."""
+def _resized(program: Program, example: Sequence[Any], symbols: Collection[str],
+             size: int) -> list[Any] | None:
+    """The example with these sizes set to `size`; None if that changes nothing."""
     flat = []
     for spec, value in zip(program.signature.inputs, example, strict=True):
         for axis, want in enumerate(spec.shape):
-            if isinstance(want, str):
+            if want in symbols:
                 low, high = program.signature.ranges.get(want, (1, None))
                 if size < low or (high is not None and size > high):
                     return None
@@ -115,8 +128,8 @@ def _resized(program: Program, example: Sequence[Any], size: int) -> list[Any] |
     return None if same else flat
 
 
-def _least(program: Program, low: int) -> Program:
-    ranges = {s: (max(low, least), high)
+def _least(program: Program, symbols: Collection[str], low: int) -> Program:
+    ranges = {s: (max(low, least) if s in symbols else least, high)
               for s, (least, high) in program.signature.ranges.items()}
     signature = dataclasses.replace(program.signature, ranges=ranges)
     return dataclasses.replace(program, signature=signature)
@@ -191,8 +204,9 @@ def check_kernels(program: Program, executable: Executable, flat: Sequence[Any])
 
 
 def _check_kernel(name: str, tolerance: Any, expected: Any, found: Any) -> None:
-    pairs = zip(expected, found, strict=True) if isinstance(expected, tuple) else [(expected, found)]
-    for left, right in pairs:
+    several = isinstance(expected, tuple)
+    for left, right in zip(*((expected, found) if several else ((expected,), (found,))),
+                           strict=True):
         loose = max(tolerance.rtol, LIMITS.get(left.dtype, 0.0) / 10)
         limit = 0.0 if tolerance.bits else loose
         error = difference(left, right)

@@ -54,7 +54,8 @@ def number(graph_module: fx.GraphModule, arg: Any) -> float | None:
     if arg.target in (aten.scalar_tensor.default, aten.full.default, aten.full_like.default):
         fill = arg.args[0] if arg.target is aten.scalar_tensor.default else arg.args[1]
         return number(graph_module, fill)
-    if arg.target in (aten._to_copy.default, aten.to.dtype, aten.reshape.default, aten.expand.default):
+    if arg.target in (aten._to_copy.default, aten.to.dtype, aten.reshape.default,
+                      aten.expand.default):
         return number(graph_module, arg.args[0])
     return None
 
@@ -184,7 +185,8 @@ def copy_module(graph_module: fx.GraphModule,
     graph, copies = fx.Graph(), {}
     for node in graph_module.graph.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    stored = {n.target: attribute(graph_module, n.target) for n in graph.nodes if n.op == "get_attr"}
+    stored = {n.target: attribute(graph_module, n.target)
+              for n in graph.nodes if n.op == "get_attr"}
     return fx.GraphModule({**stored, **(tensors or {})}, graph), copies
 
 

@@ -129,8 +129,9 @@ class _Search:
             middle = (low + high) // 2
             low, high = (middle, high) if self.broken(order[:middle]) is None else (low, middle)
         reverted = tuple(
-            Refusal(site.operator, site.path, f"reverted to float by the guard; alone: {alone[site]}",
-                    site.node) for site in order[low:])
+            Refusal(site.operator, site.path,
+                    f"reverted to float by the guard; alone: {alone[site]}", site.node)
+            for site in order[low:])
         return self.result([s for s in found if s in order[:low]], reverted)
 
     def broken(self, chosen: Sequence[Site]) -> str | None:

@@ -28,8 +28,9 @@ def fold(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.op == "get_attr":
             known[node] = attribute(module, node.target)
-        elif node.op == "call_function" and node.all_input_nodes and all(
-                n in known for n in node.all_input_nodes) and (is_tensor(node) or is_sequence(node)):
+        elif node.op == "call_function" and node.all_input_nodes \
+                and all(n in known for n in node.all_input_nodes) \
+                and (is_tensor(node) or is_sequence(node)):
             known[node] = run_as_is(node, known)
     for node, value in known.items():
         outside = [u for u in node.users if u not in known]

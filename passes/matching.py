@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 
 from torch import fx
 
+from bincompile.ops import operator_of
 from bincompile.passes.graph import Build, between, copy_module, finish, value_of
 from bincompile.passes.patterns import Candidate, Context, Pattern, owner_of, patterns
 from bincompile.passes.scores import Declined
 from bincompile.passes.validate import signature_of, validate
-from bincompile.ops import operator_of
 from bincompile.program import Program, source_line
 from bincompile.record import Evidence, Match, Refusal, Rewrite
 

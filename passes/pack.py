@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from bincompile.passes.graph import copy_module, finish
 from bincompile.passes.matching import anchors, apply, candidate_at, proof, stored_bytes
 from bincompile.passes.patterns import Candidate, Context

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Trial:
     name: str
     change: Callable[[str, torch.Tensor], torch.Tensor]
     limit: float = LIMIT
+    seed: int = 0
 
 
 def _zeros(role: str, value: torch.Tensor) -> torch.Tensor:
@@ -68,7 +69,7 @@ def _masked(role: str, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-TRIALS = (*(Trial(f"random {seed}", _same) for seed in SEEDS), Trial("zeros", _zeros),
+TRIALS = (*(Trial(f"random {seed}", _same, seed=seed) for seed in SEEDS), Trial("zeros", _zeros),
           Trial("1e4", _huge, 1e-4), Trial("equal rows", _equal_rows), Trial("masked", _masked))
 OTHER_SIZES = (TRIALS[0], TRIALS[-1])  # after the first sizes at which the subgraph runs
 
@@ -111,15 +112,12 @@ def _renamed(size: Any, sizes: dict[str, str]) -> str:
 def validate(candidate: Candidate, graph_module: fx.GraphModule) -> Evidence | str:
     """The evidence, or why there is none."""
     start = time.perf_counter()
-    nodes = between(candidate.outputs, set(candidate.inputs.values()))
-    reads = {n for node in nodes for n in node.all_input_nodes} | set(candidate.inputs.values())
-    fixed = {role: attribute(graph_module, candidate.inputs[role].target).double()
-             for role in candidate.fixed}
+    cut = _Cut.of(candidate, graph_module)
     error, tried = 0.0, 0
     trials: tuple[Trial, ...] = TRIALS
-    for numbers in assignments([*reads, *nodes]):
+    for numbers in assignments([*cut.reads, *cut.nodes]):
         for trial in trials:
-            outcome = _try(candidate, graph_module, nodes, reads, numbers, trial, fixed)
+            outcome = cut.run(numbers, trial)
             if isinstance(outcome, str):
                 return outcome
             if outcome is None:
@@ -133,33 +131,51 @@ def validate(candidate: Candidate, graph_module: fx.GraphModule) -> Evidence | s
     return Evidence(tried, SEEDS[0], "float64", error, LIMIT, milliseconds)
 
 
-def _try(candidate: Candidate, graph_module: fx.GraphModule, nodes: list[fx.Node],
-         reads: set[fx.Node], numbers: Assignment, trial: Trial, fixed: Values) -> float | str | None:
-    """The error of one trial, None where the model itself can't run at these sizes."""
-    generator = torch.Generator().manual_seed(int(trial.name[-1]) if trial.name[-1].isdigit() else 0)
-    values: Values = {role: fixed[role] if role in fixed else _draw(role, node, numbers, trial, generator, candidate.attrs.get("padding_idx"))
-                      for role, node in candidate.inputs.items()}
-    _fit_indices(values)
-    env: dict[fx.Node, Any] = {n: values[role] for role, n in candidate.inputs.items()}
-    for node in reads | set(nodes):
-        if node in env or is_sequence(node):
-            continue
-        if node.op == "get_attr":
-            stored = attribute(graph_module, node.target)
-            env[node] = stored.double() if stored.dtype.is_floating_point else stored
-        elif not is_tensor(node):
-            env[node] = concrete(value_of(node), numbers)
-    with torch.no_grad():
-        try:
-            run_nodes([n for n in nodes if n.op == "call_function"], env)
-        except Exception:  # sizes that the model itself does not allow prove nothing
-            return None
-        expected = [env[o] for o in candidate.outputs]
-        try:
-            found = candidate.emit(Evaluate(), values)
-        except Exception as error:
-            return f"the rewritten form fails where the model runs: {error}"
-    return _compare(expected, found, trial)
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """A candidate's subgraph: its nodes, all that they read, and the stored values among that."""
+
+    candidate: Candidate
+    nodes: list[fx.Node]
+    reads: set[fx.Node]
+    stored: dict[fx.Node, torch.Tensor]
+
+    @classmethod
+    def of(cls, candidate: Candidate, graph_module: fx.GraphModule) -> _Cut:
+        inputs = set(candidate.inputs.values())
+        nodes = between(candidate.outputs, inputs)
+        reads = inputs.union(*(n.all_input_nodes for n in nodes))
+        fixed = {candidate.inputs[role] for role in candidate.fixed}
+        stored = {n: attribute(graph_module, n.target)
+                  for n in {*nodes, *fixed} if n.op == "get_attr"}
+        return cls(candidate, [n for n in nodes if n.op == "call_function"], reads,
+                   {n: t.double() if t.dtype.is_floating_point else t for n, t in stored.items()})
+
+    def run(self, numbers: Assignment, trial: Trial) -> float | str | None:
+        """The error of one trial; None where the model itself can't run at these sizes."""
+        values = self._draw_inputs(numbers, trial)
+        env: dict[fx.Node, Any] = {n: concrete(value_of(n), numbers) for n in self.reads
+                                   if not is_tensor(n) and not is_sequence(n)}
+        env |= self.stored | {n: values[role] for role, n in self.candidate.inputs.items()}
+        with torch.no_grad():
+            try:
+                run_nodes(self.nodes, env)
+            except Exception:  # sizes that the model itself does not allow prove nothing
+                return None
+            try:
+                found = self.candidate.emit(Evaluate(), values)
+            except Exception as error:
+                return f"the rewritten form fails where the model runs: {error}"
+        return _compare([env[o] for o in self.candidate.outputs], found, trial)
+
+    def _draw_inputs(self, numbers: Assignment, trial: Trial) -> Values:
+        generator = torch.Generator().manual_seed(trial.seed)
+        padding = self.candidate.attrs.get("padding_idx") or 0
+        values = {role: self.stored[node] if role in self.candidate.fixed
+                  else _draw(role, value_of(node), numbers, trial, generator, padding)
+                  for role, node in self.candidate.inputs.items()}
+        _fit_indices(values)
+        return values
 
 
 def _compare(expected: list[torch.Tensor], found: tuple[torch.Tensor, ...],
@@ -192,14 +208,13 @@ def difference(left: torch.Tensor, right: torch.Tensor) -> float:
     return float((left[finite] - right[finite]).abs().max()) / scale
 
 
-def _draw(role: str, node: fx.Node, numbers: Assignment, trial: Trial,
-          generator: torch.Generator, padding: int | None) -> Any:
-    fake = value_of(node)
+def _draw(role: str, fake: Any, numbers: Assignment, trial: Trial, generator: torch.Generator,
+          padding: int) -> Any:
     if not isinstance(fake, torch.Tensor):
         return concrete(fake, numbers)
     shape = [concrete(s, numbers) for s in fake.shape]
     if role in ROW_ROLES and shape:
-        shape[0] = min(shape[0], max(ROWS, 1 + (padding or 0)))
+        shape[0] = min(shape[0], max(ROWS, 1 + padding))
     if fake.dtype == torch.bool:
         kept = torch.rand(shape, generator=generator) > 0.4
         if trial.name == "masked" and kept.ndim:
@@ -212,7 +227,7 @@ def _draw(role: str, node: fx.Node, numbers: Assignment, trial: Trial,
 
 
 def _fit_indices(values: Values) -> None:
-    """Bring drawn indices into their table, its first and last row among them, and bags in order."""
+    """Bring drawn indices into their table, first and last row among them, and bags in order."""
     if "indices" not in values:
         return
     rows, indices = values["table"].shape[0], values["indices"] % values["table"].shape[0]

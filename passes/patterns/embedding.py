@@ -8,11 +8,12 @@ import torch
 from torch import fx, nn
 
 from bincompile.ops.embedding import embedding as embedding_operator
-from bincompile.ops.embedding_bag import MODES, embedding_bag as bag_operator
+from bincompile.ops.embedding_bag import MODES
+from bincompile.ops.embedding_bag import embedding_bag as bag_operator
 from bincompile.passes.graph import arguments, aten, shape_of, users
 from bincompile.passes.patterns import Candidate, Context, Example, Pattern, owner_of
-from bincompile.record import Refusal
 from bincompile.program import source_line
+from bincompile.record import Refusal
 
 
 def _match_embedding(node: fx.Node, context: Context) -> Candidate:
