@@ -116,6 +116,7 @@ def train(data: tuple[torch.Tensor, torch.Tensor], epochs: int, seed: int,
 
 
 def main() -> None:
+    """Train both models and write their weights."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=120, help="for each of the two models")
     parser.add_argument("--seed", type=int, default=0)

@@ -314,8 +314,8 @@ def _labels(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...
 
 
 def _spec(name: str, value: torch.Tensor) -> InputSpec:
-    return InputSpec(name, value.dtype,
-                     tuple(s if isinstance(s, int) else str(s) for s in value.shape))
+    sizes = map(str, value.shape)  # a symbol that the model fixed prints as its number
+    return InputSpec(name, value.dtype, tuple(int(s) if s.isdecimal() else s for s in sizes))
 
 
 def _ranges(exported: ExportedProgram, inputs: tuple[InputSpec, ...]) -> dict[str, tuple]:

@@ -26,7 +26,14 @@ def encoder():
     return layer, (torch.randn(3, 10, 32),), {}
 
 def training():
-    return torch.nn.MultiheadAttention(8, 2).train(), (torch.ones(2, 1, 8),) * 3, {}
+    return torch.nn.Linear(2, 2).train(), (torch.ones(1, 2),), {}
+
+class Branches(torch.nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+def branches():
+    return Branches().eval(), (torch.ones(2, 3),), {}
 
 def data():
     torch.manual_seed(1)
@@ -148,6 +155,7 @@ WRONG = {
     "no function": (("inspect", "{file}:not_a_function"), "not_a_function"),
     "wrong result": (("inspect", "{file}:two"), "(model, args, kwargs)"),
     "factory fails": (("inspect", "{file}:broken"), "ZeroDivisionError: on purpose"),
+    "training mode": (("inspect", "{file}:training"), "eval()"),
     "unknown precision": (("optimize", "{file}:encoder", "-o", "x", "--binary", "w2a2"), "w1a32"),
     "idle option": (("optimize", "digits", "-o", "x", "--keep", "head"), "--keep without --binary"),
     "no output": (("optimize", "{file}:encoder"), "--output"),
@@ -168,9 +176,9 @@ def test_a_wrong_command_is_three_lines_and_exit_code_2(
 
 def test_a_model_that_does_not_compile_is_exit_code_1(
         capsys: pytest.CaptureFixture[str], file: Path) -> None:
-    code, out, err = run(capsys, "inspect", f"{file}:training")
+    code, out, err = run(capsys, "inspect", f"{file}:branches")
     assert (code, out) == (cli.FAILED, "")
-    assert "eval()" in err and "Traceback" not in err
+    assert "return x * 2 if x.sum() > 0 else x" in err and "Traceback" not in err
 
 
 def test_python_m_bincompile_is_the_command() -> None:

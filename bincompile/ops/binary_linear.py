@@ -28,6 +28,7 @@ def accumulate(x: torch.Tensor, signs: torch.Tensor, activation: str,
 
 def finish(accumulated: torch.Tensor, row: torch.Tensor | None, weight_scale: torch.Tensor,
             bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """((accumulated * row) * weight_scale) + bias, each rounded, in `dtype` at the end."""
     out = accumulated if row is None else accumulated * row
     out = out * weight_scale.to(out.dtype)
     return (out if bias is None else out + bias.to(out.dtype)).to(dtype)
@@ -47,6 +48,7 @@ def _shape(x, weight, weight_scale, bias, in_features, activation="binary",
 
 def check_input(x: torch.Tensor, in_features: int, activation: str,
                  shift: torch.Tensor | None) -> None:
+    """Raise unless x is a float tensor (..., in_features) and `activation` is one that exists."""
     if not x.dtype.is_floating_point:
         raise InputTypeError(f"input of dtype {x.dtype}", "a float dtype", "the input's dtype")
     if x.ndim < 1 or x.shape[-1] != in_features:
@@ -71,6 +73,7 @@ def _check(x, weight, weight_scale, bias, in_features, activation="binary",
 
 
 def check_outputs(out_features, weight_scale, bias) -> None:
+    """Raise unless the scale is (1,) or (out_features,) and the bias (out_features,)."""
     for name, tensor, sizes in (("weight_scale", weight_scale, ((1,), (out_features,))),
                                 ("bias", bias, ((out_features,),))):
         if tensor is not None and tuple(tensor.shape) not in sizes:
