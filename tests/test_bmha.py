@@ -58,7 +58,8 @@ def test_keep_masks_of_every_shape(shape: tuple[int, ...], dtype: torch.dtype, c
                                    ) -> None:
     kept = torch.rand(shape) > 0.4
     bias = as_bias(kept.numpy()) + (np.triu(np.full((L, S), -np.inf), 1) if causal else 0.0)
-    check(attention_layer(bias=True), inputs(), kept.to(dtype), bias, causal)
+    mask = kept if dtype == torch.bool else kept.to(dtype) * 2  # what is not 0 keeps
+    check(attention_layer(bias=True), inputs(), mask, bias, causal)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -201,11 +202,18 @@ def test_dropout_is_an_argument_and_no_other_is_swallowed() -> None:
             BMHA(8, 8, 2, **extra)
 
 
-def test_the_weights_are_those_before_dropout() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_dropout_acts_in_training_and_weights_are_those_before_it(
+        masked: bool, need_weights: bool) -> None:
     layer, x = BMHA(8, 8, 2, dropout=0.5).train(), torch.randn(2, 6, 8)
-    torch.testing.assert_close(layer(x)[1].sum(-1), torch.ones(2, 2, 6))
-    assert not torch.equal(layer(x)[0], layer(x)[0])
-    assert torch.equal(layer.eval()(x)[0], layer(x)[0])
+    mask = torch.ones(2, 6).bool() if masked else None
+    (first, weights), (second, _) = (layer(x, mask, need_weights=need_weights) for _ in range(2))
+    assert not torch.equal(first, second)
+    if need_weights:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 6))
+    layer.eval()
+    assert torch.equal(*(layer(x, mask, need_weights=need_weights)[0] for _ in range(2)))
 
 
 def test_other_keys_a_bias_and_an_output_without_weights() -> None:
