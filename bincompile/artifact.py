@@ -29,8 +29,10 @@ from bincompile.codec import decode, encode
 from bincompile.compiled import CompiledModel
 from bincompile.config import Target
 from bincompile.errors import ArtifactError
+from bincompile.ops import operator_of
 from bincompile.program import Program
 from bincompile.runtime.executor import bind
+from bincompile.runtime.kernels import kernels_of
 
 FORMAT, VERSION = "bincompile", 1
 MEMBERS = ("program.json", "tensors.safetensors")
@@ -85,7 +87,7 @@ def load(path: str | os.PathLike[str], *, target: Target | str | None = None) ->
         document = json.loads(members[MEMBERS[0]])
         _check_head(document, members[MEMBERS[1]], path)
         program = decode(document, load_tensors(members[MEMBERS[1]]))
-        kernels = {str(k): str(v) for k, v in document["kernels"].items()}
+        kernels = _known(document["kernels"], program)
     except (*_MALFORMED, SafetensorError) as error:
         if isinstance(error, ArtifactError):
             raise
@@ -94,6 +96,13 @@ def load(path: str | os.PathLike[str], *, target: Target | str | None = None) ->
                             ) from error
     chosen = Target.of(target)
     return CompiledModel(program, bind(program, chosen, kernels), chosen)
+
+
+def _known(kernels: Mapping[str, str], program: Program) -> dict[str, str]:
+    """The saved choices of kernels that this version has; the others are chosen anew."""
+    operators = {n.name: operator_of(n.target) for n in program.graph.nodes}
+    return {node: kernel for node, kernel in kernels.items() if (found := operators.get(node))
+            and kernel in {k.name for k in kernels_of(found.name)}}
 
 
 def _distinct(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -56,9 +56,22 @@ def decode(document: Mapping[str, Json], tensors: Mapping[str, torch.Tensor]) ->
         if nodes[name].name != name:
             raise ArtifactError(f"a node named {name!r}", "a name that Python does not reserve",
                                 "save the model again")
+    signature = _decode_signature(document["signature"])
+    _check_ends(list(nodes.values()), signature)
     graph.lint()
-    return Program(fx.GraphModule(read, graph), _decode_signature(document["signature"]),
-                   "lowered", **_decode_records(document["records"]))
+    return Program(fx.GraphModule(read, graph), signature, "lowered",
+                   **_decode_records(document["records"]))
+
+
+def _check_ends(nodes: list[fx.Node], signature: Signature) -> None:
+    """One placeholder for each input, and one output, at the end, with every result."""
+    results = [n for n in nodes if n.op == "output"]
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    if len(inputs) != len(signature.inputs) or results != nodes[-1:] \
+            or len(results[0].args[0]) != signature.out_spec.num_leaves:
+        raise ArtifactError(f"a graph of {len(inputs)} inputs and {len(results)} outputs",
+                            f"{len(signature.inputs)} inputs and one output of "
+                            f"{signature.out_spec.num_leaves} results", "save the model again")
 
 
 def _encode_node(node: fx.Node, stored: Mapping[str, str]) -> dict[str, Json]:

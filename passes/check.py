@@ -40,8 +40,9 @@ def check_sizes(program: Program, model: Callable[[list[Any]], list[Any]],
     worst = _disagreement(program, model, list(example))
     if worst is not None:
         raise ProofError(f"the captured graph differs from the model: {worst}",
-                         "the same results", "report the model: its forward does something that "
-                         "torch.export does not see, such as reading state outside of itself")
+                         "a forward that gives the same results for the same inputs",
+                         "dropout or other random numbers in the forward, or state that it reads "
+                         "outside of its inputs and weights")
     notes = list(program.notes)
     for symbols, size in _variants(program, example):
         resized = _resized(program, example, symbols, size)

@@ -25,6 +25,11 @@ class _Core(nn.Module):
         return functional.scaled_dot_product_attention(q, k, v, mask, **self.options)
 
 
+class _SigmoidCore(nn.Module):
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(q @ k.mT) @ v
+
+
 def _tensors(*extra: torch.Tensor, kept: int = 4):
     return lambda: (torch.randn(2, 4, 6, 8), torch.randn(2, kept, 6, 8),
                     torch.randn(2, kept, 6, 8), *extra)
@@ -41,5 +46,5 @@ torch_attention = Pattern(
         Example(lambda: nn.TransformerEncoderLayer(32, 4, 48, batch_first=True),
                 lambda: (torch.randn(2, 6, 32),)),
     ),
-    near_misses=(Example(lambda: _Core(dropout_p=0.5), _tensors()),),
+    near_misses=(Example(_SigmoidCore, _tensors()),),
 )
