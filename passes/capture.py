@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import io
 import itertools
+import logging
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +31,8 @@ from bincompile.passes.check import check_sizes
 from bincompile.passes.graph import drop_unread
 from bincompile.program import Program
 from bincompile.signature import InputSpec, Signature
+
+log = logging.getLogger(__name__)
 
 WRAPPER = "model"  # name of the user's model inside the module that is exported
 
@@ -199,7 +204,7 @@ def exporting(model: nn.Module) -> Iterator[None]:
     # The original inspects the values of the mask; without its answer the mask is used as given.
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
@@ -209,6 +214,23 @@ def exporting(model: nn.Module) -> Iterator[None]:
     finally:
         transformer._detect_is_causal_mask = detect
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what torch prints beside an exception (graph, advice) for the log: ours says it all."""
+    logger, printed = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(printed):
+            yield
+        sys.stderr.write(printed.getvalue())
+    except Exception:
+        log.debug("printed while capturing:\n%s", printed.getvalue())
+        raise
+    finally:
+        logger.setLevel(level)
 
 
 def _explain(model: nn.Module, error: Exception) -> CaptureError:
