@@ -58,10 +58,10 @@ def fold_signs(packed: torch.Tensor) -> torch.Tensor:
     return (quads ^ (sign >> 1) ^ (sign >> 2) ^ (sign >> 3)).view(torch.uint32)
 
 
-def pad(values: torch.Tensor, outputs: int, multiple: int = PANEL) -> torch.Tensor:
-    """One number, or one for each output, as float32 for every column of the panels."""
-    padded = torch.zeros(ceil_div(outputs, multiple) * multiple)
-    padded[:outputs] = values
+def pad(values: torch.Tensor, size: int, multiple: int = PANEL) -> torch.Tensor:
+    """`size` float32 numbers (one number stands for all), then zeros up to a multiple."""
+    padded = torch.zeros(ceil_div(size, multiple) * multiple)
+    padded[:size] = values
     return padded
 
 

@@ -55,7 +55,7 @@ def _bind(call: Call) -> Callable[..., Any]:
         out = _fused(query, key, value, *rest)
         if repair and rest[0] is not None and not finite_fill:
             kept = _open(rest[0]).any(-1, keepdim=True)
-            if not kept.all():
+            if key.shape[-2] and not kept.all():
                 out = torch.where(kept, out, math.nan)
         return out, empty
 

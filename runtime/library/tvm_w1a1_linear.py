@@ -8,7 +8,7 @@ import torch
 
 from bincompile.runtime.kernels import Call, Kernel
 from bincompile.runtime.panels import linear_reason, pack_weight, pad, runner
-from bincompile.runtime.schedules.common import WORD, ceil_div
+from bincompile.runtime.schedules.common import WORD
 from bincompile.runtime.schedules.w1a1_linear import BLOCK
 from bincompile.runtime.tvm import Recipe, load, obstacle
 
@@ -33,12 +33,11 @@ def _supports(call: Call) -> str | None:
 
 def _bind(call: Call) -> Callable[[torch.Tensor], torch.Tensor]:
     features, outputs = call.value("in_features"), call.value("weight").shape[0]
-    words = ceil_div(features, WORD)
     stored = [pack_weight(call.value("weight"), features)]
     stored += [pad(call.value(name), outputs) for name in ("weight_scale", "bias")
                if call.value(name) is not None]
     if call.value("shift") is not None:
-        stored.append(pad(call.value("shift"), words * WORD, WORD))
+        stored.append(pad(call.value("shift"), features, WORD))
     if call.value("activation_scale") is not None:
         stored.append(call.value("activation_scale").reshape(1).float())
     return runner(load(_recipe(call), call.target), stored, features, outputs, BLOCK,

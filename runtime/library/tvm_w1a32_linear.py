@@ -8,7 +8,7 @@ import torch
 
 from bincompile.runtime.kernels import Call, Kernel
 from bincompile.runtime.panels import fold_signs, linear_reason, pack_weight, pad, runner
-from bincompile.runtime.schedules.common import WORD, ceil_div
+from bincompile.runtime.schedules.common import WORD
 from bincompile.runtime.schedules.w1a32_linear import BLOCK
 from bincompile.runtime.tvm import Recipe, load, obstacle
 
@@ -38,7 +38,7 @@ def _bind(call: Call) -> Callable[[torch.Tensor], torch.Tensor]:
     stored += [pad(call.value(name), outputs) for name in ("weight_scale", "bias")
                if call.value(name) is not None]
     if call.value("shift") is not None:
-        stored.append(pad(call.value("shift"), ceil_div(features, WORD) * WORD, WORD))
+        stored.append(pad(call.value("shift"), features, WORD))
     return runner(load(_recipe(call), call.target), stored, features, outputs, BLOCK,
                   WORTH_THREADS)
 
