@@ -177,11 +177,13 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(options: argparse.Namespace) -> Outcome:
-    from bincompile import bench, bench_model
+    if options.what in ("kernels", "layers", "import"):
+        from bincompile import bench
 
-    if options.what in bench.SUITES:
         result = bench.run(options.what, options.threads)
         return Outcome(result, bench.table(result))
+    from bincompile import bench_model
+
     result = bench_model.run(options.what, options.threads)
     return Outcome(result, bench_model.text(result))
 

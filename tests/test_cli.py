@@ -145,6 +145,20 @@ def test_demo_compiles_digits_and_checks_it(capsys: pytest.CaptureFixture[str]) 
     assert {m["operator"] for m in found["report"]["matches"]} >= {"attention", "embedding"}
 
 
+def test_bench_times_a_model_and_a_saved_one(
+        capsys: pytest.CaptureFixture[str], file: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "out.bcz"
+    document(capsys, "optimize", f"{file}:encoder", "-o", str(saved))
+    found = document(capsys, "bench", f"{file}:encoder", "--threads", "1", "2")
+    assert [(r["threads"], r["candidate"]) for r in found["rows"]] == [
+        (1, "eager"), (1, "compiled"), (2, "eager"), (2, "compiled")]
+    assert found["inputs"] == ["float32[3, 10, 32]"] and torch.get_num_threads() == 1
+    loaded = document(capsys, "bench", str(saved), "--threads", "1")
+    assert [r["candidate"] for r in loaded["rows"]] == ["loaded"]
+    assert all(r["ms"] > 0 for r in (*found["rows"], *loaded["rows"]))
+    assert "eager" in run(capsys, "bench", f"{file}:encoder", "--threads", "1")[1]
+
+
 WRONG = {
     "no verb": ((), "VERB"),
     "unknown verb": (("optimise", "digits"), "optimise"),
@@ -159,6 +173,7 @@ WRONG = {
     "unknown precision": (("optimize", "{file}:encoder", "-o", "x", "--binary", "w2a2"), "w1a32"),
     "idle option": (("optimize", "digits", "-o", "x", "--keep", "head"), "--keep without --binary"),
     "no output": (("optimize", "{file}:encoder"), "--output"),
+    "no saved file": (("bench", "nowhere.bcz"), "nowhere.bcz"),
     "no threads": (("demo", "--threads", "0"), "from 1 up"),
 }
 
