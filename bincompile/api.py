@@ -5,23 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
-from bincompile.compiled import CompiledModel
+from bincompile.compiled import CompiledModel, DeferredModel
 from bincompile.config import VIOLATIONS, Binary, Continual, Guard, Target
-from bincompile.errors import (
-    BincompileError,
-    ConfigError,
-    ContinualError,
-    InputError,
-    InputTypeError,
-)
+from bincompile.errors import ConfigError, ContinualError, InputTypeError
 from bincompile.passes.capture import capture, check_model
 from bincompile.passes.check import prove_whole
 from bincompile.passes.guard import guarded
@@ -43,7 +36,7 @@ def optimize(model: nn.Module | ExportedProgram, args: tuple[Any, ...] | None = 
              holdout: Iterable[Any] | None = None,
              guard: Guard | None = Guard(),  # noqa: B008  (a frozen value)
              on_violation: str = "fallback",
-             choices: Mapping[str, str] | None = None) -> CompiledModel | DeferredModel:
+             choices: Mapping[str, str] | None = None) -> CompiledModel:
     """Compile a model; exact unless `binary=` asks for less.
 
     Attention and embeddings are recognised, proven in float64 and rewritten; layers that are
@@ -69,7 +62,7 @@ def optimize(model: nn.Module | ExportedProgram, args: tuple[Any, ...] | None = 
         choices: node name -> kernel name, to replay a choice of kernels.
 
     Returns:
-        A `CompiledModel`, or a `DeferredModel` where no inputs were given.
+        The compiled model; where no inputs were given, a `DeferredModel`.
 
     Raises:
         CaptureError: the model has no graph; the message has the user's line.
@@ -160,44 +153,6 @@ class _Options:
             note = prove_whole(captured.model, program, executable, captured.example)
             program = dataclasses.replace(program, notes=(*program.notes, note))
         return CompiledModel(program, executable, self.target)
-
-
-class DeferredModel:
-    """A model that is captured when it is called: once for each structure, dtype and rank.
-
-    Example:
-        >>> import torch
-        >>> compiled = optimize(torch.nn.Embedding(7, 4).eval())
-        >>> compiled(torch.tensor([[1, 2]])).shape, compiled(torch.tensor([[3] * 9] * 5)).shape
-        (torch.Size([1, 2, 4]), torch.Size([5, 9, 4]))
-        >>> len(compiled.variants)
-        1
-    """
-
-    def __init__(self, make: Callable[[tuple[Any, ...], dict[str, Any]], CompiledModel]) -> None:
-        self._make = make
-        self.variants: list[CompiledModel] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for variant in self.variants:
-            try:
-                flat = variant.program.signature.flatten(args, kwargs)
-            except (InputError, InputTypeError):
-                continue
-            return variant.program.signature.unflatten(variant.executable(*flat))
-        if not any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves((args, kwargs))):
-            raise InputTypeError("a call without tensors", "at least one tensor", "the call")
-        self.variants.insert(0, self._make(args, kwargs))
-        return self.variants[0](*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or not hasattr(CompiledModel, name):
-            raise AttributeError(name)
-        if not self.variants:
-            raise BincompileError(f"{name} of a model that was not captured yet",
-                                  "a model that was called at least once",
-                                  "call it once, or pass args= to optimize")
-        return getattr(self.variants[0], name)
 
 
 def _dump(program: Program) -> None:

@@ -46,7 +46,7 @@ def encode(program: Program, stored: Mapping[str, str]) -> dict[str, Json]:
 
 def decode(document: Mapping[str, Json], tensors: Mapping[str, torch.Tensor]) -> Program:
     """The program of a document that `encode` wrote."""
-    graph, nodes = fx.Graph(), {}
+    graph, nodes = fx.Graph(), dict[str, fx.Node]()
     read: dict[str, torch.Tensor] = {}
     for entry in document["nodes"]:
         name = entry["name"]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from bincompile.config import Target
-from bincompile.errors import ContinualError
+from bincompile.errors import ConfigError, ContinualError, InputError, InputTypeError
 from bincompile.program import Program
 from bincompile.report import Report
 from bincompile.runtime.executor import Executable
@@ -85,3 +86,44 @@ class CompiledModel:
 
     def __repr__(self) -> str:
         return f"CompiledModel({self.report.summary()}; {self._target})"
+
+
+class DeferredModel(CompiledModel):
+    """A model that is captured when it is called: once for each structure, dtype and rank.
+
+    Its program and report are those of the last capture.
+
+    Example:
+        >>> import torch, bincompile as bc
+        >>> compiled = bc.optimize(torch.nn.Embedding(7, 4).eval())
+        >>> compiled(torch.tensor([[1, 2]])).shape, compiled(torch.tensor([[3] * 9] * 5)).shape
+        (torch.Size([1, 2, 4]), torch.Size([5, 9, 4]))
+        >>> len(compiled.variants)
+        1
+    """
+
+    def __init__(self, make: Callable[[tuple[Any, ...], dict[str, Any]], CompiledModel]) -> None:
+        self._make = make
+        self.variants: list[CompiledModel] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("_program", "_executable", "_target"):
+            raise AttributeError(name)
+        if not self.variants:
+            raise ConfigError("a model that was not captured yet",
+                              "a model that was called at least once",
+                              "call it once, or pass args= to optimize")
+        return getattr(self.variants[0], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for variant in self.variants:
+            try:
+                flat = variant.program.signature.flatten(args, kwargs)
+            except (InputError, InputTypeError):
+                continue
+            return variant.program.signature.unflatten(variant.executable(*flat))
+        self.variants.insert(0, self._make(args, kwargs))
+        return self.variants[0](*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"DeferredModel({len(self.variants)} captured)"

@@ -28,7 +28,8 @@ def run() -> dict[str, Any]:
     twin, model = digits.build_float(), digits.build()
     args, kwargs = digits.example_inputs()
     compiled = optimize(model, args, kwargs)
-    candidates = {"float model": twin, "binary model": model, "compiled": compiled}
+    candidates: dict[str, Any] = {
+        "float model": twin, "binary model": model, "compiled": compiled}
     tokens = digits.test_split()[0]
     with torch.inference_mode():
         times = medians({name: _call(c, tokens) for name, c in candidates.items()})

@@ -35,6 +35,11 @@ class Found:
     masked_row: str
 
     @property
+    def places(self) -> tuple[Scores | Term, ...]:
+        """Everything that has axes of its own."""
+        return (self.scores, self.at_values, *self.scores.terms, *self.scores.masks)
+
+    @property
     def first(self) -> Contraction:
         """The product of query and key."""
         return self.scores.product
@@ -147,8 +152,7 @@ def _inputs(found: Found, query: fx.Node, key: fx.Node, value: fx.Node,
               ("factor", [node for node, _ in scores.learned]))
     for role, nodes in groups:
         yield from ((f"{role}_{i}", node) for i, node in enumerate(nodes))
-    sizes = {s for at in (scores, found.at_values, *scores.terms, *scores.masks)
-             for s in at.sizes or () if isinstance(s, fx.Node)}
+    sizes = {s for at in found.places for s in at.sizes or () if isinstance(s, fx.Node)}
     yield from ((f"size_{s.name}", s) for s in sizes)
 
 
@@ -190,8 +194,7 @@ def arrange(build: Any, node: Any, axes: tuple[str, ...], wanted: tuple[str, ...
 
 def _full_shape(found: Found, build: Any, query: Any, key: Any) -> tuple[Any, ...] | None:
     """Sizes of the scores, asked for only where batch axes are regrouped."""
-    places = (found.scores, found.at_values, *found.scores.terms, *found.scores.masks)
-    if all(at.sizes is None for at in places):
+    if all(at.sizes is None for at in found.places):
         return None
     whole = query if len(build.shape(query)) >= len(build.shape(key)) else key
     return (*build.shape(whole)[:-2], build.size(query, -2), build.size(key, -2))

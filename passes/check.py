@@ -118,7 +118,7 @@ def _resized(program: Program, example: Sequence[Any], symbols: Collection[str],
     flat = []
     for spec, value in zip(program.signature.inputs, example, strict=True):
         for axis, want in enumerate(spec.shape):
-            if want in symbols:
+            if isinstance(want, str) and want in symbols:
                 low, high = program.signature.ranges.get(want, (1, None))
                 if size < low or (high is not None and size > high):
                     return None

@@ -62,7 +62,7 @@ def number(graph_module: fx.GraphModule, arg: Any) -> float | None:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an aten node by name, defaults filled in."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = node.target._schema.arguments
     bound = {a.name: a.default_value for a in schema if a.has_default_value()}
     bound.update(zip((a.name for a in schema), node.args, strict=False), **node.kwargs)
     return bound
@@ -167,14 +167,14 @@ def run_nodes(nodes: list[fx.Node], env: dict[fx.Node, Any]) -> dict[fx.Node, An
         args = in_double(fx.node.map_arg(node.args, env.__getitem__))
         kwargs = {k: in_double(v)
                   for k, v in fx.node.map_arg(dict(node.kwargs), env.__getitem__).items()}
-        env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        env[node] = node.target(*args, **kwargs)
     return env
 
 
 def run_as_is(node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     """The value of a node at the dtypes of the graph."""
     with torch.no_grad():
-        return node.target(*fx.node.map_arg(node.args, env.__getitem__),  # type: ignore[operator]
+        return node.target(*fx.node.map_arg(node.args, env.__getitem__),
                            **fx.node.map_arg(dict(node.kwargs), env.__getitem__))
 
 
@@ -182,7 +182,7 @@ def copy_module(graph_module: fx.GraphModule,
                 tensors: Mapping[str, torch.Tensor] | None = None,
                 ) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A copy of the graph that shares the stored tensors, and where each node went."""
-    graph, copies = fx.Graph(), {}
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in graph_module.graph.nodes:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     stored = {n.target: attribute(graph_module, n.target)

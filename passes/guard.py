@@ -84,7 +84,7 @@ def _batches(program: Program, data: Any, name: str) -> Batches:
         raise ConfigError(f"{name} of type {type(data).__name__}",
                           "an iterable of batches: each a tensor, a tuple of positional inputs, "
                           "or a dict of named ones", f"{name}=[...]")
-    found = []
+    found = Batches()
     for batch in data:
         args = () if isinstance(batch, dict) else batch if isinstance(batch, tuple) else (batch,)
         flat = program.signature.flatten(args, batch if isinstance(batch, dict) else {})
@@ -172,10 +172,10 @@ def _cosines(expected: list[list[torch.Tensor]], found: list[list[torch.Tensor]]
     cosines = []
     for left_batch, right_batch in zip(expected, found, strict=True):
         for left, right in zip(left_batch, right_batch, strict=True):
-            rows = [t.double().reshape(t.shape[0] if t.ndim > 1 else 1, -1)
-                    for t in (left, right)]
-            same = (rows[0] == rows[1]).all(-1)
-            cosine = torch.nn.functional.cosine_similarity(*rows, dim=-1, eps=1e-30)
+            a, b = (t.double().reshape(t.shape[0] if t.ndim > 1 else 1, -1)
+                    for t in (left, right))
+            same = (a == b).all(-1)
+            cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1, eps=1e-30)
             cosines.append(torch.where(same, 1.0, cosine).nan_to_num(-1.0))
     if not cosines:
         raise AccuracyUnknownError("a model without a float output", "at least one float output",

@@ -18,7 +18,8 @@ from bincompile.record import Evidence, Match, Refusal, Rewrite
 
 def match(program: Program) -> Program:
     """Every candidate of every pattern, as a match without evidence or a refusal."""
-    context, matches, refusals = Context.of(program), [], []
+    context = Context.of(program)
+    matches, refusals = list[Match](), list[Refusal]()
     for pattern, node in anchors(program, "canonical"):
         found = candidate_at(pattern, node, context)
         if isinstance(found, Refusal):
@@ -34,10 +35,13 @@ def prove(program: Program) -> Program:
     """Every match with its evidence; one that fails becomes a refusal."""
     context, shared = Context.of(program), dict[str, Evidence | str]()
     nodes = {n.name: n for n in program.graph.nodes}
-    matches, refusals = [], []
+    matches, refusals = list[Match](), list[Refusal]()
     for found in program.matches:
         proven = proof(found, _again(found, nodes[found.node], context), program, shared)
-        (matches if isinstance(proven, Match) else refusals).append(proven)
+        if isinstance(proven, Match):
+            matches.append(proven)
+        else:
+            refusals.append(proven)
     return program.next(program.graph_module, "validated", matches=tuple(matches),
                         refusals=(*program.refusals, *refusals))
 

@@ -186,7 +186,8 @@ def regroup(scores: Scores, node: fx.Node, operand: int, context: Context) -> Sc
             raise Declined("batch axes are regrouped by sizes that are not in the graph", node)
     elif set(own) != set(positions) or sizes is not None:
         raise Declined("batch axes of the scores are reordered", node)
-    return dataclasses.replace(scores, axes=(len(shape_of(node)), *positions), sizes=sizes)
+    left, right = positions
+    return dataclasses.replace(scores, axes=(len(shape_of(node)), left, right), sizes=sizes)
 
 
 _Step = Callable[[Scores, fx.Node, int, Context], Scores]

@@ -124,7 +124,7 @@ class _Layer(nn.Module):
 
 def _signed(layer: nn.Module) -> nn.Module:
     with torch.no_grad():
-        weight = layer.weight
+        weight = next(layer.parameters())
         weight.copy_(torch.where(weight >= 0, 1.0, -1.0) * weight.abs().mean(1, keepdim=True))
     return layer
 

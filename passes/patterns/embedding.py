@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ embedding_bag = Pattern(
     (aten.embedding_bag.padding_idx, aten.embedding_bag.default,
      aten._embedding_bag.default, aten._embedding_bag_forward_only.default), _match_bag,
     examples=tuple(
-        [Example(lambda mode=mode: nn.EmbeddingBag(9, 4, mode=mode), _indices) for mode in MODES]
+        [Example(partial(nn.EmbeddingBag, 9, 4, mode=mode), _indices) for mode in MODES]
         + [Example(lambda: nn.EmbeddingBag(9, 4, mode="sum", padding_idx=3), _indices)]),
     near_misses=(Example(_Soft, lambda: (torch.randn(2, 9),)),),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx, nn
 from torch.nn import functional
@@ -16,7 +18,7 @@ def _match(node: fx.Node, context: Context) -> Candidate:
 
 
 class _Core(nn.Module):
-    def __init__(self, heads: int = 4, **options: object) -> None:
+    def __init__(self, heads: int = 4, **options: Any) -> None:
         super().__init__()
         self.heads, self.options = heads, options
 

@@ -48,6 +48,7 @@ def _bind(call: Call) -> Callable[..., Any]:
         if finite_fill and not _fill_vanishes(query, key, bias, mask, scale, fill):
             return call.operator.reference(query, key, value, bias, mask, scale, fill, causal,
                                            masked_row)
+        rest: tuple[torch.Tensor | None, float, bool]
         if bias is None and mask is None:
             rest = (None, scale, causal)
         else:
