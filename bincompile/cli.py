@@ -170,20 +170,18 @@ def _optimize(options: argparse.Namespace) -> Outcome:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", default="kernels", metavar="SUITE | MODEL | FILE.bcz",
-                        help="kernels (default), layers or import; or a model to time compiled "
-                             "against as it is; or a saved one")
+                        help="kernels (default), layers, validate or import; or a model to time "
+                             "as it is and compiled; or a saved one")
     parser.add_argument("--threads", type=_positive, nargs="+", default=[1, 2], metavar="N",
                         help="numbers of threads to measure with (default: 1 2)")
 
 
 def _bench(options: argparse.Namespace) -> Outcome:
-    if options.what in ("kernels", "layers", "import"):
-        from bincompile import bench
+    from bincompile import bench, bench_model
 
+    if options.what in bench.SUITES:
         result = bench.run(options.what, options.threads)
         return Outcome(result, bench.table(result))
-    from bincompile import bench_model
-
     result = bench_model.run(options.what, options.threads)
     return Outcome(result, bench_model.text(result))
 

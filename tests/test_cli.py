@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bincompile as bc
-from bincompile import cli, models
+from bincompile import bench, cli, models
 
 FACTORY = """
 import torch
@@ -157,6 +157,13 @@ def test_bench_times_a_model_and_a_saved_one(
     assert [r["candidate"] for r in loaded["rows"]] == ["loaded"]
     assert all(r["ms"] > 0 for r in (*found["rows"], *loaded["rows"]))
     assert "eager" in run(capsys, "bench", f"{file}:encoder", "--threads", "1")[1]
+
+
+def test_bench_measures_a_suite(capsys: pytest.CaptureFixture[str]) -> None:
+    found = document(capsys, "bench", "import", "--threads", "1")
+    (row,) = found["rows"]
+    assert row["threads"] == 1 and 0 < row["ms"]["bincompile"] < row["ms"]["torch"]
+    assert "torch ms" in bench.table(found)
 
 
 WRONG = {
