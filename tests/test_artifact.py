@@ -141,7 +141,8 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, saved):
 
 
 def test_only_the_closed_list_is_saved_and_loaded(saved, tmp_path):
-    for name in ("aten.from_file.default", "operator.attrgetter", "builtins.eval", "aten.add_.Tensor"):
+    for name in ("aten.from_file.default", "operator.attrgetter", "builtins.eval",
+                 "aten.add_.Tensor"):
         assert name not in FUNCTIONS
     members = artifact._read(saved[0])
     document = json.loads(members["program.json"])
@@ -154,9 +155,9 @@ def test_only_the_closed_list_is_saved_and_loaded(saved, tmp_path):
 
 
 @pytest.mark.parametrize("change, word", [
-    ({"version": 99}, "version"), ({"format": "other"}, "format"), ({"sha256": "0" * 64}, "tensors"),
-    ({"nodes": 3}, "TypeError"), ({"nodes": []}, "0 inputs"), ({"signature": {}}, "KeyError"),
-    ({"kernels": []}, "AttributeError"),
+    ({"version": 99}, "version"), ({"format": "other"}, "format"),
+    ({"sha256": "0" * 64}, "tensors"), ({"nodes": 3}, "TypeError"), ({"nodes": []}, "0 inputs"),
+    ({"signature": {}}, "KeyError"), ({"kernels": []}, "AttributeError"),
 ])
 def test_documents_that_are_not_ours_are_refused(saved, tmp_path, change, word):
     members = artifact._read(saved[0])
