@@ -17,7 +17,7 @@ from bincompile.op import Operator, Sample
 from bincompile.ops import OPERATORS, bits
 from bincompile.program import Program
 from bincompile.runtime import Call, Dynamic, bind, choose, explain, kernels_of
-from bincompile.runtime.library import tvm_w1a1_linear, tvm_w1a32_linear
+from bincompile.runtime.library import tvm_binary_embedding, tvm_w1a1_linear, tvm_w1a32_linear
 from bincompile.signature import InputSpec, Signature
 
 HOST = Target.host()
@@ -89,7 +89,8 @@ def test_every_operator_that_has_a_faster_kernel_uses_it_for_some_sample() -> No
     chosen: dict[str, set[str]] = {name: set() for name in OPERATORS}
     for param in samples():
         operator, sample = param.values
-        chosen[operator.name].add(choose(call_of(operator, sample)).name)
+        for target in (HOST, Target("cpu")):
+            chosen[operator.name].add(choose(call_of(operator, sample, target)).name)
     for name in OPERATORS:
         assert {k.name for k in kernels_of(name)} - {"reference"} <= chosen[name]
 
@@ -180,6 +181,30 @@ def test_many_python_threads_share_one_bound_kernel() -> None:
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(bound, inputs * 5))
     assert all(map(torch.equal, found, expected * 5))
+
+
+@pytest.mark.parametrize("target", [*USABLE, Target("cpu")], ids=str)
+@pytest.mark.parametrize("columns", [1, 7, 8, 9, 15, 16, 17, 24, 25, 40, 64])
+def test_binary_rows_are_bit_equal_for_any_width(columns: int, target: Target) -> None:
+    table, scale = bits.pack(torch.randn(300, columns)), torch.randn(300)
+    for shape in ((), (0,), (3,), (2, 130)):
+        sample = Sample((torch.randint(300, shape), table, scale, columns))
+        call = call_of(OPERATORS["binary_embedding"], sample, target)
+        assert same_bits(run(choose(call), call)[0], call.operator.overload(*sample.args))
+
+
+def test_binary_rows_on_threads_are_the_same_and_bad_indices_found(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tvm_binary_embedding, "WORTH_THREADS", 0)
+    table, scale = bits.pack(torch.randn(50, 30)), torch.rand(50)
+    indices = torch.randint(50, (7, 100), dtype=torch.int32).T
+    call = call_of(OPERATORS["binary_embedding"], Sample((indices, table, scale, 30)))
+    bound = choose(call, "tvm-bits").bind(call)
+    torch.set_num_threads(3)
+    assert same_bits(bound(indices), call.operator.overload(indices, table, scale, 30))
+    indices[99, 6] = 50
+    with pytest.raises(InputError, match="index 50"):
+        bound(indices)
 
 
 @pytest.mark.parametrize("name", ["embedding", "embedding_bag", "binary_embedding"])
