@@ -9,6 +9,7 @@ from torch import fx
 
 from bincompile.ops import operator_of
 from bincompile.passes.graph import Build, between, copy_module, finish, value_of
+from bincompile.passes.normalise import simplify
 from bincompile.passes.patterns import Candidate, Context, Pattern, owner_of, patterns
 from bincompile.passes.scores import Declined
 from bincompile.passes.validate import signature_of, validate
@@ -72,6 +73,7 @@ def canonicalise(program: Program) -> Program:
         rewrites.append(Rewrite(candidate.operator, found.path, "exact",
                                 bytes_before=stored_bytes(candidate, context),
                                 max_error=found.max_error, node=placed.name))
+    simplify(module)
     return program.next(finish(module), "canonical", rewrites=(*program.rewrites, *rewrites))
 
 

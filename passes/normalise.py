@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from torch import fx
 
+from bincompile.passes.axes import SPLITS
 from bincompile.passes.graph import (
     arguments,
     aten,
@@ -30,21 +31,26 @@ VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 ALIASING = (*VIEWS, aten.transpose.int, aten.permute.default, aten.expand.default,
             aten.select.int, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim,
             aten.squeeze.dims, aten.squeeze.default, aten.t.default, aten.mT.default,
-            aten.unflatten.int, aten.flatten.using_ints, operator.getitem, aten.split.Tensor,
-            aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
+            aten.unflatten.int, aten.flatten.using_ints)
+PERMUTES = (aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default)
 
 
 def normalise(program: Program) -> Program:
     """The program in normal spelling."""
     module, _ = copy_module(program.graph_module)
+    simplify(module)
+    _detach_outputs(module)
+    return program.next(finish(module), "normal")
+
+
+def simplify(module: fx.GraphModule) -> None:
+    """Apply every rule to every node once, in order."""
     for node in list(module.graph.nodes):
         for rule in RULES:
             kept = rule(module, node)
             if kept is not None:
                 node.replace_all_uses_with(kept)
                 break
-    _detach_outputs(module)
-    return program.next(finish(module), "normal")
 
 
 def _drop_identity(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -114,6 +120,29 @@ def _maximum_of(node: fx.Node) -> tuple[fx.Node, int] | None:
     return found["self"], dims[0] % len(shape_of(found["self"]))
 
 
+def _undone_permute(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """A permutation of axes that undoes the one before it."""
+    outer = _order(node)
+    inner = _order(node.args[0]) if outer is not None else None
+    if outer is None or inner is None or [inner[axis] for axis in outer] != sorted(inner):
+        return None
+    return node.args[0].args[0]
+
+
+def _order(node: fx.Node) -> list[int] | None:
+    """For an operator that permutes axes, the axis of its input that each axis comes from."""
+    if not is_tensor(node) or node.target not in PERMUTES:
+        return None
+    rank = len(shape_of(node))
+    if node.target is aten.permute.default:
+        return [axis % rank for axis in node.args[1]]
+    first, second = node.args[1:] if node.target is aten.transpose.int else (-2, -1)
+    order = list(range(rank))
+    if rank > 1:
+        order[first], order[second] = order[second], order[first]
+    return order
+
+
 def _unit_factor(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """x * 1 and x / 1 are x, where dtype and shape stay."""
     if node.target not in (aten.mul.Tensor, aten.div.Tensor) or not is_tensor(node.args[0]) \
@@ -129,7 +158,7 @@ def _detach_outputs(module: fx.GraphModule) -> None:
     fresh = []
     for value in output.args[0]:
         root = value
-        while isinstance(root, fx.Node) and root.target in ALIASING:
+        while isinstance(root, fx.Node) and _aliases(root):
             root = root.args[0]
         shared = isinstance(root, fx.Node) and (
             root.op in ("placeholder", "get_attr") or root in seen)
@@ -144,6 +173,13 @@ def _detach_outputs(module: fx.GraphModule) -> None:
     output.args = (tuple(fresh),)
 
 
+def _aliases(node: fx.Node) -> bool:
+    """Whether the node's memory is that of its first argument."""
+    if node.target is operator.getitem:
+        return node.args[0].target in SPLITS
+    return node.target in (*ALIASING, *SPLITS)
+
+
 Rule = Callable[[fx.GraphModule, fx.Node], fx.Node | None]
 RULES: tuple[Rule, ...] = (_drop_assertion, _drop_identity, _drop_cast, _view_to_reshape,
-                           _unit_factor, _whole_softmax)
+                           _unit_factor, _undone_permute, _whole_softmax)
