@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,8 @@ def _kernels() -> Iterator[Row]:
         for rows in LINEAR_ROWS:
             x = torch.randn(rows, features)
             yield _row(f"linear {features} -> {outputs}, {rows} rows",
-                       {OURS: lambda c=compiled, x=x: c(x),
-                        "float32": lambda m=plain, x=x: m(x),
-                        "int8": lambda m=int8, x=x: m(x)})
+                       {OURS: partial(compiled, x), "float32": partial(plain, x),
+                        "int8": partial(int8, x)})
 
 
 class _SelfAttention(nn.Module):
