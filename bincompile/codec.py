@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from bincompile.conditions import is_condition, names
 from bincompile.errors import ArtifactError
 from bincompile.opset import FUNCTIONS, NAMES
 from bincompile.program import Program
@@ -190,6 +191,7 @@ def _encode_signature(signature: Signature) -> Json:
         "defaults": {k: v for k, v in signature.defaults.items()
                      if v is None or isinstance(v, bool | int | str)},
         "ranges": {k: list(v) for k, v in signature.ranges.items()},
+        "conditions": list(signature.conditions),
     }
 
 
@@ -197,10 +199,15 @@ def _decode_signature(document: Json) -> Signature:
     inputs = tuple(
         InputSpec(i["name"], None if i["dtype"] is None else _decode_arg({"dtype": i["dtype"]}, {}),
                   tuple(i["shape"]), _decode_arg(i["constant"], {})) for i in document["inputs"])
+    conditions = tuple(document["conditions"])
+    sizes = {size for spec in inputs for size in spec.shape if isinstance(size, str)}
+    if not all(is_condition(text) and names(text) <= sizes for text in conditions):
+        raise ArtifactError("a condition on sizes that is no comparison of the inputs' sizes",
+                            "comparisons of sums, products and remainders", "save the model again")
     return Signature(inputs, pytree.tree_structure(_decode_tree(document["in_spec"])),
                      pytree.tree_structure(_decode_tree(document["out_spec"])),
                      tuple(document["names"]), dict(document["defaults"]),
-                     {k: tuple(v) for k, v in document["ranges"].items()})
+                     {k: tuple(v) for k, v in document["ranges"].items()}, conditions)
 
 
 def _encode_tree(spec: pytree.TreeSpec) -> Json:

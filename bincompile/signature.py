@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from bincompile import conditions
 from bincompile.errors import InputError, InputTypeError
 
 
@@ -70,6 +71,7 @@ class Signature:
         names: names of the positional parameters of the model's forward.
         defaults: their default values, where they have one.
         ranges: least and greatest size of each symbol (None: no limit).
+        conditions: what else the graph takes for granted of the symbols, e.g. "s0 % 3 == 0".
     """
 
     inputs: tuple[InputSpec, ...]
@@ -78,12 +80,14 @@ class Signature:
     names: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ranges: Mapping[str, tuple[int, int | None]] = dataclasses.field(default_factory=dict)
+    conditions: tuple[str, ...] = ()
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The flat inputs of a call, checked; raises `InputError` or `InputTypeError`."""
         flat, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.in_spec:
-            flat, spec = pytree.tree_flatten(self._arrange(args, kwargs))
+            arranged = _ordered(self._arrange(args, kwargs), self.in_spec)
+            flat, spec = pytree.tree_flatten(arranged)
         if spec != self.in_spec:
             raise InputTypeError(
                 f"a call with {_structure(args, kwargs)}",
@@ -116,6 +120,16 @@ class Signature:
                                  f"rank {len(spec.shape)}: {spec}", f"the input {spec.name}")
             for axis, (want, size) in enumerate(zip(spec.shape, value.shape, strict=True)):
                 self._check_size(spec, axis, want, size, sizes)
+        self._check_conditions(sizes)
+
+    def _check_conditions(self, sizes: dict[str, int]) -> None:
+        text = conditions.broken(self.conditions, sizes)
+        if text is not None:
+            given = ", ".join(f"{name} = {sizes[name]}" for name in sorted(conditions.names(text)))
+            shown = ", ".join(str(i) for i in self.inputs if i.dtype is not None)
+            raise InputError(f"a call with {given}", f"{text}, where the inputs are {shown}",
+                             "these sizes, or pass an example of them to optimize: the model does "
+                             "something else at them")
 
     def _check_size(self, spec: InputSpec, axis: int, want: int | str, size: int,
                     sizes: dict[str, int]) -> None:
@@ -145,6 +159,18 @@ class Signature:
                  and not (k in self.defaults and v is self.defaults[k])}
         return (tuple(given[n] for n in positional),
                 {n: given[n] for n in captured} | extra)
+
+
+def _ordered(value: Any, spec: pytree.TreeSpec) -> Any:
+    """The value with its dicts in the order that the spec has them in."""
+    if spec.is_leaf() or type(value) is not spec.type:
+        return value
+    children = spec.children()
+    if spec.type is dict and value.keys() == set(spec.context):
+        return {k: _ordered(value[k], c) for k, c in zip(spec.context, children, strict=True)}
+    if spec.type in (tuple, list) and len(value) == len(children):
+        return spec.type(_ordered(v, c) for v, c in zip(value, children, strict=True))
+    return value
 
 
 def _structure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from bincompile.errors import CaptureError, ConfigError, InputError, InputTypeError
 from bincompile.passes.check import check_sizes
 from bincompile.passes.graph import drop_unread
+from bincompile.passes.sizes import conditions
 from bincompile.program import Program
 from bincompile.signature import InputSpec, Signature
 
@@ -39,11 +40,15 @@ WRAPPER = "model"  # name of the user's model inside the module that is exported
 
 @dataclasses.dataclass(frozen=True)
 class Captured:
-    """A captured program beside the model, both over flat inputs; the example may be unknown."""
+    """A captured program beside the model, both over flat inputs; the example may be unknown.
+
+    `doubtful` are conditions on sizes that torch assumed and the graph may not need.
+    """
 
     program: Program
     model: Callable[[list[Any]], list[Any]]
     example: list[Any] | None
+    doubtful: tuple[str, ...] = ()
 
 
 def capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
@@ -67,7 +72,7 @@ def capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
 def _checked(captured: Captured) -> Captured:
     if captured.example is None:
         return captured
-    program = check_sizes(captured.program, captured.model, captured.example)
+    program = check_sizes(captured.program, captured.model, captured.example, captured.doubtful)
     return dataclasses.replace(captured, program=program)
 
 
@@ -105,8 +110,10 @@ def _capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...],
         _spec(label, next(tensor_values)) if isinstance(v, torch.Tensor)
         else InputSpec(label, constant=v) for label, v in zip(labels, flat, strict=True))
     _name_inputs(graph_module, flat, labels)
-    signature = Signature(inputs, in_spec, out_spec[0], names, defaults, _ranges(exported, inputs))
-    return Captured(Program(graph_module, signature), _flat_function(model, in_spec), example)
+    signature, doubtful = _conditioned(
+        Signature(inputs, in_spec, out_spec[0], names, defaults, _ranges(exported, inputs)), values)
+    return Captured(Program(graph_module, signature), _flat_function(model, in_spec), example,
+                    doubtful)
 
 
 def _flat_function(model: nn.Module, in_spec: pytree.TreeSpec) -> Callable[[list[Any]], list[Any]]:
@@ -134,10 +141,12 @@ def _from_exported(exported: ExportedProgram, args: tuple[Any, ...],
     labels = [n.name for n in graph_module.graph.nodes if n.op == "placeholder"]
     inputs = tuple(_spec(label, v) if isinstance(v, torch.Tensor) else InputSpec(label, constant=v)
                    for label, v in zip(labels, values, strict=True))
-    program = Program(graph_module, Signature(inputs, spec.in_spec, spec.out_spec, names,
-                                              defaults or {}, _ranges(exported, inputs)))
-    example = None if given is None else program.signature.flatten(*given)
-    return Captured(program, _flat_function(whole, spec.in_spec), example)
+    signature, doubtful = _conditioned(
+        Signature(inputs, spec.in_spec, spec.out_spec, names, defaults or {},
+                  _ranges(exported, inputs)), values)
+    example = None if given is None else signature.flatten(*given)
+    return Captured(Program(graph_module, signature), _flat_function(whole, spec.in_spec), example,
+                    doubtful)
 
 
 def check_model(model: Any) -> None:
@@ -338,6 +347,35 @@ def _labels(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...
 def _spec(name: str, value: torch.Tensor) -> InputSpec:
     sizes = map(str, value.shape)  # a symbol that the model fixed prints as its number
     return InputSpec(name, value.dtype, tuple(int(s) if s.isdecimal() else s for s in sizes))
+
+
+def _conditioned(signature: Signature, values: list[Any]) -> tuple[Signature, tuple[str, ...]]:
+    """The signature with what the model's code asked of its sizes, and what only torch asked."""
+    named, own = _name_sizes(signature)
+    used = {s for spec in named.inputs for s in spec.shape if isinstance(s, str)}
+    environment = next((s.node.shape_env for v in values if isinstance(v, torch.Tensor)
+                        for s in v.shape if isinstance(s, torch.SymInt)), None)
+    found = [] if environment is None else list(conditions(environment, used))
+    if (None, True) in found:
+        raise CaptureError("a branch on sizes that can't be written as a comparison of integers",
+                           "comparisons of sums, products and remainders of sizes",
+                           "the branch, or dynamic_shapes=None to fix all sizes")
+    own += [text for text, asked in found if asked and text is not None]
+    doubtful = tuple(text for text, asked in found if text is not None and not asked)
+    return dataclasses.replace(named, conditions=tuple(own)), doubtful
+
+
+def _name_sizes(signature: Signature) -> tuple[Signature, list[str]]:
+    """The signature with a symbol for every size that is a formula, and what the symbols are."""
+    facts, inputs = [], []
+    for index, spec in enumerate(signature.inputs):
+        shape = list(spec.shape)
+        for axis, size in enumerate(shape):
+            if isinstance(size, str) and not size.isidentifier():
+                shape[axis] = f"d{index}_{axis}"
+                facts.append(f"{shape[axis]} == {size}")
+        inputs.append(dataclasses.replace(spec, shape=tuple(shape)))
+    return dataclasses.replace(signature, inputs=tuple(inputs)), facts
 
 
 def _ranges(exported: ExportedProgram, inputs: tuple[InputSpec, ...]) -> dict[str, tuple]:

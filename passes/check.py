@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from bincompile.conditions import broken
 from bincompile.errors import ProofError
 from bincompile.ops import operator_of
 from bincompile.ops.binary_linear import binary_linear
@@ -22,17 +25,19 @@ from bincompile.runtime.executor import Executable
 # Largest relative difference of a whole model's outputs, by the dtype that they have.
 LIMITS = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-4, torch.float64: 1e-9}
 OTHER_SIZE = 3  # what sizes that may vary are set to, beside the example's and 1
+PROBED, MOST_PROBED = (2, 3, 1, 5, 7), 400  # sizes at which conditions are broken on purpose
 FLIPPED_SHARE, FLIPPED_SIZE = 1e-5, 1e-6
 
 
 
 def check_sizes(program: Program, model: Callable[[list[Any]], list[Any]],
-                example: Sequence[Any]) -> Program:
+                example: Sequence[Any], doubtful: Sequence[str] = ()) -> Program:
     """The program with sizes fixed where it does not follow the model at other sizes.
 
     Args:
         model: the user's model as a function of flat inputs to flat outputs.
         example: the flat inputs that it was captured with.
+        doubtful: conditions on sizes that are kept unless the program does without them.
 
     Raises:
         ProofError: the program is wrong at the example's own sizes.
@@ -43,9 +48,10 @@ def check_sizes(program: Program, model: Callable[[list[Any]], list[Any]],
                          "a forward that gives the same results for the same inputs",
                          "dropout or other random numbers in the forward, or state that it reads "
                          "outside of its inputs and weights")
+    program = _settled(program, model, example, doubtful)
     notes = list(program.notes)
     for symbols, size in _variants(program, example):
-        resized = _resized(program, example, symbols, size)
+        resized = _resized(program, example, dict.fromkeys(symbols, size))
         worst = None if resized is None else _disagreement(program, model, resized)
         if worst is not None and size == 1:
             program = _least(program, symbols, 2)
@@ -62,24 +68,74 @@ def check_sizes(program: Program, model: Callable[[list[Any]], list[Any]],
 def _variants(program: Program, example: Sequence[Any]) -> Iterator[tuple[frozenset[str], int]]:
     """Sizes to try: every group of sizes that are equal in the example at 1, all at another."""
     groups: dict[int, set[str]] = {}
-    for spec, value in zip(program.signature.inputs, example, strict=True):
-        for axis, want in enumerate(spec.shape):
-            if isinstance(want, str):
-                groups.setdefault(value.shape[axis], set()).add(want)
+    for name, size in _sizes(program, example).items():
+        groups.setdefault(size, set()).add(name)
     together = frozenset().union(*groups.values())
     if together:
         yield from ((frozenset(group), 1) for group in groups.values())
         yield together, OTHER_SIZE
 
 
+def _sizes(program: Program, example: Sequence[Any]) -> dict[str, int]:
+    """The symbols of a program's inputs, and their sizes in the example."""
+    return {want: value.shape[axis]
+            for spec, value in zip(program.signature.inputs, example, strict=True)
+            for axis, want in enumerate(spec.shape) if isinstance(want, str)}
+
+
+def _settled(program: Program, model: Callable[[list[Any]], list[Any]], example: Sequence[Any],
+             doubtful: Sequence[str]) -> Program:
+    """The program with those doubtful conditions that it can't be shown to do without.
+
+    Each is broken on purpose at two sizes; it goes if the program follows the model there.
+    """
+    own, sizes = program.signature.conditions, _sizes(program, example)
+    draws = itertools.islice(itertools.product(PROBED, repeat=len(sizes)), MOST_PROBED)
+    breaks = [({d for d in doubtful if broken((d,), numbers)}, tuple(numbers.items()))
+              for draw in draws if doubtful
+              and not broken(own, numbers := dict(zip(sizes, draw, strict=True)))]
+    breaks.sort(key=lambda place: len(place[0]))
+
+    @functools.cache
+    def follows(numbers: tuple[tuple[str, int], ...]) -> bool | None:
+        resized = _resized(program, example, dict(numbers))
+        return None if resized is None else _follows(program, model, resized)
+
+    def needed(text: str) -> bool:
+        places = [numbers for found, numbers in breaks if text in found][:2]
+        verdicts = set(map(follows, places))
+        return False in verdicts or verdicts == {None}
+
+    kept = tuple(text for text in doubtful if needed(text))
+    signature = dataclasses.replace(program.signature, conditions=(*own, *kept))
+    return dataclasses.replace(program, signature=signature)
+
+
+def _follows(program: Program, model: Callable[[list[Any]], list[Any]],
+             flat: list[Any]) -> bool | None:
+    """Whether the program gives what the model gives; None where the model itself refuses."""
+    expected = _results(model, flat)
+    return None if expected is None else _against(expected, program, flat) is None
+
+
+def _results(model: Callable[[list[Any]], list[Any]], flat: list[Any]) -> list[Any] | None:
+    """What the model gives; None at sizes that it does not allow."""
+    with torch.no_grad():
+        try:
+            return model([_copy(v) for v in flat])
+        except Exception:
+            return None
+
+
 def _disagreement(program: Program, model: Callable[[list[Any]], list[Any]],
                   flat: list[Any]) -> str | None:
     """How program and model differ on these inputs; None if they agree or the model refuses."""
+    expected = _results(model, flat)
+    return None if expected is None else _against(expected, program, flat)
+
+
+def _against(expected: list[Any], program: Program, flat: list[Any]) -> str | None:
     with torch.no_grad():
-        try:
-            expected = model([_copy(v) for v in flat])
-        except Exception:  # sizes that the model does not allow: nothing to agree on
-            return None
         try:
             found = program.graph_module(*flat)
         except Exception as error:
@@ -112,17 +168,20 @@ def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def _resized(program: Program, example: Sequence[Any], symbols: Collection[str],
-             size: int) -> list[Any] | None:
-    """The example with these sizes set to `size`; None if that changes nothing."""
-    flat = []
+def _resized(program: Program, example: Sequence[Any],
+             numbers: Mapping[str, int]) -> list[Any] | None:
+    """The example with these sizes; None if they are not allowed or change nothing."""
+    flat, changed = [], _sizes(program, example) | dict(numbers)
+    for name, size in numbers.items():
+        low, high = program.signature.ranges.get(name, (1, None))
+        if size < low or (high is not None and size > high):
+            return None
+    if broken(program.signature.conditions, changed):
+        return None
     for spec, value in zip(program.signature.inputs, example, strict=True):
         for axis, want in enumerate(spec.shape):
-            if isinstance(want, str) and want in symbols:
-                low, high = program.signature.ranges.get(want, (1, None))
-                if size < low or (high is not None and size > high):
-                    return None
-                index = torch.arange(size) % value.shape[axis]
+            if isinstance(want, str) and changed[want] != value.shape[axis]:
+                index = torch.arange(changed[want]) % value.shape[axis]
                 value = value.index_select(axis, index.to(value.device))
         flat.append(value)
     same = all(a is b for a, b in zip(flat, example, strict=True))
@@ -141,7 +200,8 @@ def _fixed(program: Program, example: Sequence[Any]) -> Program:
         dataclasses.replace(spec, shape=tuple(value.shape))
         if isinstance(value, torch.Tensor) else spec
         for spec, value in zip(program.signature.inputs, example, strict=True))
-    signature = dataclasses.replace(program.signature, inputs=inputs, ranges={})
+    signature = dataclasses.replace(program.signature, inputs=inputs, ranges={},
+                                    conditions=())
     return dataclasses.replace(program, signature=signature)
 
 

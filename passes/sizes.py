@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.utils._sympy.printers import PythonPrinter
 
+from bincompile.conditions import is_condition
 from bincompile.passes.graph import value_of
 
 Assignment = Mapping[sympy.Symbol, int]
@@ -61,3 +64,29 @@ def product(sizes: Iterable[Any]) -> Any:
     for size in sizes:
         total = total * size
     return total
+
+
+def conditions(env: ShapeEnv, sizes: Iterable[str]) -> Iterator[tuple[str | None, bool]]:
+    """What a capture took for granted of its sizes, and whether the model's own code asked.
+
+    Each condition is text in the input symbols `sizes`; None where it has no such form. Those that
+    torch asked for while it worked out layouts are often stricter than the graph.
+    """
+    known, seen = set(sizes), set()
+    for guard in env.guards:
+        expression = env.replace(guard.expr)
+        free = {str(s) for s in expression.free_symbols}
+        if expression in seen or not free:
+            continue
+        seen.add(expression)
+        text = PythonPrinter().doprint(expression)
+        usable = is_condition(text) and free <= known
+        yield (text if usable else None), not _is_internal(guard.sloc)
+
+
+def _is_internal(place: Any) -> bool:
+    """Whether a line is in torch's own machinery, not in a model or in torch.nn."""
+    frame = place.framework_loc
+    inside = Path(torch.__file__).parent
+    path = Path(frame.filename) if frame is not None else inside / "_C"
+    return path.is_relative_to(inside) and path.relative_to(inside).parts[0].startswith("_")
