@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,9 @@ def is_intact(path: Path) -> bool:
 
 
 def _replace(path: Path, make: Callable[[Path], None]) -> None:
+    """Write the file beside its place, then move it there; the caller holds the lock."""
+    for stale in path.parent.glob(f".{path.stem}-*"):  # of a process that was killed here
+        shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
         fresh = Path(folder) / path.name
         make(fresh)

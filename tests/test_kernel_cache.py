@@ -15,6 +15,7 @@ from bincompile.config import INSTRUCTION_SETS, Target, cache_dir
 from bincompile.errors import KernelError
 from bincompile.ops import OPERATORS
 from bincompile.runtime import Call, Dynamic, choose, native, tvm
+from bincompile.runtime.cache import MARK, cached, is_intact
 
 HOST = Target.host()
 
@@ -105,6 +106,19 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     assert all(s.count("tvm-w1a1 True") == 2 for s in said)
     assert len(list(tmp_path.glob("w1a1*.so"))) == 2
     assert not [p for p in tmp_path.iterdir() if p.is_dir()]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BINCOMPILE_CACHE_DIR", str(tmp_path))
+    (tmp_path / ".name-left").mkdir()
+    (tmp_path / ".name-left" / "name.so").write_text("half")
+    path = cached("name.so", lambda fresh: fresh.write_bytes(b"whole"))
+    assert path.read_bytes().startswith(b"whole" + MARK) and is_intact(path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == []
+    with pytest.raises(ZeroDivisionError):
+        cached("other.so", lambda fresh: fresh.write_bytes(b"%d" % (1 // 0)))
+    assert not (tmp_path / "other.so").exists() and not list(tmp_path.glob(".other*"))
 
 
 def test_a_compiler_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 Each block of rows is packed to sign bits and scaled, then multiplied panel by panel: a vector holds
 32 bits of 16 outputs, the word of activations is broadcast, and popcounts add up lane by lane.
+Method: XNOR-Net, arXiv:1603.05279.
 
 Arguments: x (rows, features), weight (panels, words, 4, 16) uint32 with bit 1 where negative,
 weight_scale (panels * 64), [bias (panels * 64)], [shift (words * 32)], [activation_scale (1)],

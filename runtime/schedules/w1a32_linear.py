@@ -3,7 +3,8 @@
 Four weights of one output are four bits, and the 16 sums +-a +-b +-c +-d that they can choose from
 fit in one AVX-512 register, so a permutation by the bits gives 16 outputs four products each. With
 AVX2 eight sums fit; the other eight are their negatives, so the fourth bit becomes the sign
-(`runtime.panels.fold_signs` has turned the lower three).
+(`runtime.panels.fold_signs` has turned the lower three). Method: look-up tables in place of
+products, as in T-MAC, arXiv:2407.00088, here with float sums and no quantisation.
 
 Arguments: x (rows, features), weight (panels, words, 4, 16) uint32 with bit 1 where negative,
 weight_scale (panels * 64), [bias (panels * 64)], [shift (words * 32)], out (rows, outputs).

@@ -1,0 +1,56 @@
+"""The speed suites: what they measure, how they print, and how they fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bincompile import bench
+from bincompile.errors import ConfigError, KernelError
+
+
+def test_the_kernel_suite_times_ours_and_both_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "LINEAR_SIZES", ((64, 80),))
+    monkeypatch.setattr(bench, "LINEAR_ROWS", (3, 1))
+    rows = list(bench._kernels())
+    assert [row["case"] for row in rows] == ["linear 64 -> 80, 3 rows", "linear 64 -> 80, 1 rows"]
+    for row in rows:
+        assert set(row["ms"]) == {"bincompile", "float32", "int8"} and row["threads"] == 1
+        for peer, ratio in row["speedup"].items():
+            assert ratio == pytest.approx(row["ms"][peer] / row["ms"]["bincompile"])
+
+
+def test_the_import_is_cheap() -> None:
+    (row,) = bench._import(processes=3)
+    assert 0 < row["ms"]["bincompile"] <= 300
+
+
+def test_every_thread_count_has_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+
+    def process(suite: str, threads: int) -> list[bench.Row]:
+        seen.append(threads)
+        return [{"case": suite, "threads": threads, "ms": {"bincompile": 1.0}, "speedup": {}}]
+
+    monkeypatch.setattr(bench, "_in_own_process", process)
+    result = bench.run("layers", [1, 2])
+    assert seen == [1, 2] and torch.get_num_threads() == before
+    assert [row["threads"] for row in result["rows"]] == [1, 2]
+
+
+def test_a_table_has_a_line_for_each_case_and_a_dash_for_what_was_not_measured() -> None:
+    rows = [{"case": "a", "threads": 1, "ms": {"bincompile": 0.5, "eager": 4.0},
+             "speedup": {"eager": 8.0}},
+            {"case": "b", "threads": 2, "ms": {"bincompile": 0.25}, "speedup": {}}]
+    lines = bench.table({"suite": "layers", "rows": rows}).splitlines()
+    assert "layers" in lines[0] and "x eager" in lines[1]
+    assert lines[2].split() == ["a", "1", "0.500", "4.000", "8.0"]
+    assert lines[3].split() == ["b", "2", "0.250", "-", "-"]
+
+
+def test_an_unknown_suite_and_a_process_that_fails_are_errors() -> None:
+    with pytest.raises(ConfigError, match="kernels, layers"):
+        bench.run("everything", [1])
+    with pytest.raises(KernelError, match="measuring 'kernels' failed"):
+        bench.run("kernels", [0])
