@@ -123,9 +123,45 @@ def embedding(table, indices):
     return out.reshape(*indices.shape, table.shape[1])
 
 
+def base_rows(table, row_scale, embedding_dim):
+    """The rows that a packed table stands for."""
+    scales = row_scale.reshape(table.shape[0], -1)
+    width = -(-embedding_dim // 8)
+    return sum(signs_of(table[:, base * width:(base + 1) * width], embedding_dim)
+               * scales[:, base, None] for base in range(scales.shape[1]))
+
+
 def binary_embedding(indices, table, row_scale, embedding_dim):
-    signs = signs_of(table, embedding_dim) * row_scale[:, None]
-    return embedding(signs, indices)
+    return embedding(base_rows(table, row_scale, embedding_dim), indices)
+
+
+def binary_embedding_bag(table, indices, offsets, row_scale, embedding_dim, mode, weights,
+                         include_last_offset, padding_idx, tie):
+    rows = base_rows(table, row_scale, embedding_dim)
+    kind = "mean" if mode == "majority" else mode
+    out = embedding_bag(rows, indices, offsets, kind, weights, include_last_offset, padding_idx)
+    return fake_signs(out, tie) if mode == "majority" else out
+
+
+def fake_signs(x, tie):
+    return 2.0 * (x >= 0) - 1.0 - (1.0 - tie) * (x == 0)
+
+
+def pack_bases(x, count):
+    packed, scales = [], []
+    for _ in range(count):
+        scales.append(x.abs().mean(-1))
+        packed.append(pack_signs(x))
+        x = x - scales[-1].unsqueeze(-1) * torch.where(x >= 0, 1.0, -1.0)
+    return torch.cat(packed, -1), scales[0] if count == 1 else torch.stack(scales, -1)
+
+
+def fake_binary_rows(x, count):
+    out = torch.zeros_like(x)
+    for _ in range(count):
+        rest = x - out
+        out = out + rest.abs().mean(-1, keepdim=True) * torch.where(rest >= 0, 1.0, -1.0)
+    return out
 
 
 def embedding_bag(table, indices, offsets, mode, weights, include_last_offset, padding_idx):
@@ -153,8 +189,9 @@ def pack_signs(x):
     return sum(flags[..., bit::8] << bit for bit in range(8))
 
 
-FORMULAS = {f.__name__: f for f in (attention, binary_embedding, binary_linear, embedding,
-                                    embedding_bag, fake_binary_linear, pack_signs)}
+FORMULAS = {f.__name__: f for f in (
+    attention, binary_embedding, binary_embedding_bag, binary_linear, embedding, embedding_bag,
+    fake_binary_linear, fake_binary_rows, fake_signs, pack_bases, pack_signs)}
 
 
 def test_every_operator_has_an_independent_formula() -> None:

@@ -1,4 +1,4 @@
-"""Look-up in a table of 1-bit rows with a scale per row."""
+"""Look-up in a table of rows of 1-bit bases, each base with a scale per row."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 import torch
 
-from bincompile.errors import InputError
 from bincompile.op import Operator, Sample, Tolerance
-from bincompile.ops import bits
+from bincompile.ops import bases, bits
 from bincompile.ops.embedding import check_indices
 
 
 def _reference(indices, table, row_scale, embedding_dim):
-    rows = bits.unpack(table[indices], embedding_dim, row_scale.dtype)
-    return rows * row_scale[indices].unsqueeze(-1)
+    scales = row_scale[indices].reshape(*indices.shape, bases.count_of(row_scale))
+    signs = bases.split(table[indices], scales.shape[-1], embedding_dim, row_scale.dtype)
+    return bases.combine(signs, scales)
 
 
 def _shape(indices, table, row_scale, embedding_dim):
@@ -22,27 +22,28 @@ def _shape(indices, table, row_scale, embedding_dim):
 
 
 def _check(indices, table, row_scale, embedding_dim):
-    width = bits.packed_width(embedding_dim)
-    if table.dtype != torch.uint8 or table.ndim != 2 or table.shape[1] != width:
-        raise InputError(f"packed table {table.dtype} of shape {tuple(table.shape)}",
-                         f"uint8 (num_embeddings, {width}) for {embedding_dim} columns",
-                         "pack the table with bincompile.ops.bits.pack")
-    if tuple(row_scale.shape) != (table.shape[0],):
-        raise InputError(f"row_scale of shape {tuple(row_scale.shape)}", f"({table.shape[0]},)",
-                         "the row_scale")
+    bases.check_table(table, row_scale, embedding_dim)
     check_indices(indices, table.shape[0])
+
+
+def packed_sample(rows: int, columns: int, count: int, generator: torch.Generator,
+                  ) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random packed table and its scales."""
+    packed = bases.join(torch.randn(rows, count, columns, generator=generator))
+    scale = torch.rand(rows, count, generator=generator)
+    return packed, scale[:, 0] if count == 1 else scale
 
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     for rows, columns, shape in ((1, 1, (3,)), (17, 13, (2, 5)), (40, 64, (0,)), (5, 8, ()),
                                  (9, 100, (2, 1, 3))):
-        yield Sample((torch.randint(rows, shape, generator=generator),
-                      bits.pack(torch.randn(rows, columns, generator=generator)),
-                      torch.rand(rows, generator=generator), columns))
-    scale = torch.rand(5, generator=generator)
+        for count in (1, 2, 3):
+            yield Sample((torch.randint(rows, shape, generator=generator),
+                          *packed_sample(rows, columns, count, generator), columns))
+    table, scale = packed_sample(5, 9, 1, generator)
     scale[2] = 0.0  # a padding row
-    table = bits.pack(torch.randn(5, 9, generator=generator))
     yield Sample((torch.tensor([2, 4, 2], dtype=torch.int32), table, scale, 9))
+    yield Sample((torch.tensor([2, 4]), table, scale.half(), 9))
 
 
 def _bad_samples(generator: torch.Generator) -> Iterator[Sample]:
@@ -52,6 +53,8 @@ def _bad_samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample((torch.tensor([0.0]), table, scale, 16), error="int")
     yield Sample((torch.tensor([0]), table, scale, 17), error="uint8")
     yield Sample((torch.tensor([0]), table, scale[:2], 16), error="row_scale")
+    yield Sample((torch.tensor([0]), table, torch.ones(4, 2), 16), error="(num_embeddings, 4)")
+    yield Sample((torch.tensor([0]), table, torch.ones(4, 4), 16), error="row_scale")
 
 
 binary_embedding = Operator(
@@ -63,5 +66,5 @@ binary_embedding = Operator(
     samples=_samples,
     bad_samples=_bad_samples,
     tolerance=Tolerance(bits=True),
-    source="one binary base of arXiv:1802.00150; a row scale of 0 is a padding row",
+    source="binary bases of arXiv:1802.00150; a row scale of 0 is a padding row",
 )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bincompile.ops import OPERATORS, bits
+from bincompile.ops import OPERATORS, bases, bits
 from bincompile.ops.embedding import check_indices
 from bincompile.runtime.kernels import Call, Kernel, host_reason
 
@@ -24,7 +24,7 @@ def _supports(call: Call) -> str | None:
     return host_reason(call)
 
 
-def _binder(look_up: Callable[..., torch.Tensor]) -> Callable[[Call], Callable[..., Any]]:
+def binder(look_up: Callable[..., torch.Tensor]) -> Callable[[Call], Callable[..., Any]]:
     """Bind `look_up` (all arguments of the operator, in order) with its index errors named."""
     def bind(call: Call) -> Callable[..., Any]:
         names = call.operator.arguments
@@ -45,25 +45,27 @@ def _binder(look_up: Callable[..., torch.Tensor]) -> Callable[[Call], Callable[.
 _SIGNS = bits.unpack(torch.arange(256, dtype=torch.uint8).unsqueeze(-1), 8, torch.float32)
 
 
-def _binary_rows(indices: torch.Tensor, table: torch.Tensor, row_scale: torch.Tensor,
-                 embedding_dim: int) -> torch.Tensor:
+def binary_rows(indices: torch.Tensor, table: torch.Tensor, row_scale: torch.Tensor,
+                embedding_dim: int) -> torch.Tensor:
     """Rows of signs, eight at a time from a table of the 256 bytes, times their scales."""
-    packed = torch.embedding(table, indices)
+    count = bases.count_of(row_scale)
+    packed = torch.embedding(table, indices).unflatten(-1, (count, -1))
     signs = torch.embedding(_SIGNS.to(row_scale.dtype), packed.int()).flatten(-2)
-    scales = torch.embedding(row_scale.unsqueeze(-1), indices)
-    return signs[..., :embedding_dim] * scales
+    scales = torch.embedding(row_scale.view(-1, count), indices)
+    return bases.combine(signs[..., :embedding_dim], scales)
 
 
-def _binary_supports(call: Call) -> str | None:
+def binary_supports(call: Call) -> str | None:
+    """Why these kernels can't read a packed table by its bytes, if they can't."""
     width = bits.packed_width(call.value("embedding_dim"))
-    table = call.value("table")
-    if table.dtype != torch.uint8 or table.ndim != 2 or table.shape[1] != width:
-        return f"a packed table {table.dtype} that isn't of {width} columns"
+    table, count = call.value("table"), bases.count_of(call.value("row_scale"))
+    if table.dtype != torch.uint8 or table.ndim != 2 or table.shape[1] != count * width:
+        return f"a packed table {table.dtype} that isn't of {count * width} columns"
     return _supports(call)
 
 
-embedding = Kernel("torch-embedding", "embedding", _supports, _binder(torch.embedding), 10)
+embedding = Kernel("torch-embedding", "embedding", _supports, binder(torch.embedding), 10)
 embedding_bag = Kernel("torch-embedding-bag", "embedding_bag", _supports,
-                       _binder(OPERATORS["embedding_bag"].reference), 10)
-binary_embedding = Kernel("torch-byte-table", "binary_embedding", _binary_supports,
-                          _binder(_binary_rows), 10)
+                       binder(OPERATORS["embedding_bag"].reference), 10)
+binary_embedding = Kernel("torch-byte-table", "binary_embedding", binary_supports,
+                          binder(binary_rows), 10)

@@ -27,6 +27,8 @@ def _supports(call: Call) -> str | None:
         return f"the {unknown[0]} is known only at run time"
     if call.is_stored("indices") or call.value("indices").dtype not in INDICES:
         return "the indices are stored, or not int32 or int64"
+    if scale.ndim != 1:
+        return f"rows of {scale.shape[1]} bases"
     if table.shape[1] != bits.packed_width(call.value("embedding_dim")) or not table.shape[1]:
         return f"a packed table of {table.shape[1]} bytes a row"
     if scale.dtype != torch.float32:

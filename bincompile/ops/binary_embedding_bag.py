@@ -1,0 +1,136 @@
+"""Look-up of several rows of 1-bit bases, and their sum, mean, maximum or majority."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional as F
+
+from bincompile.errors import InputError
+from bincompile.op import Operator, Sample, Tolerance
+from bincompile.ops import bases
+from bincompile.ops.binary_embedding import binary_embedding, packed_sample
+from bincompile.ops.embedding import check_indices
+
+MAJORITY = "majority"
+MODES = ("sum", "mean", "max", MAJORITY)
+
+
+def vote(mean: torch.Tensor, tie: float) -> torch.Tensor:
+    """+1 where more votes are +1, -1 where more are -1, `tie` where as many."""
+    return torch.where(mean == 0, tie, torch.where(mean > 0, 1.0, -1.0)).to(mean.dtype)
+
+
+def reduce_rows(rows: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor | None,
+                mode: str, weights: torch.Tensor | None = None, include_last_offset: bool = False,
+                padding_idx: int | None = None) -> torch.Tensor:
+    """Rows (n, D), one for each of n indices, by bags: (bags, D); mode "sum", "mean" or "max".
+
+    It is `torch.nn.functional.embedding_bag` over rows that were looked up before.
+    """
+    count = indices.numel()
+    places = torch.arange(count, device=indices.device)
+    if offsets is None:  # spelled out, because torch refuses bags of length 0
+        offsets = torch.arange(indices.shape[0], device=indices.device) * indices.shape[1]
+    if padding_idx is not None:
+        places = torch.where(indices.reshape(-1) == padding_idx, count, places)
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return F.embedding_bag(
+        places, rows, offsets.long(), mode=mode,
+        per_sample_weights=None if weights is None else weights.reshape(-1).to(rows.dtype),
+        include_last_offset=include_last_offset,
+        padding_idx=None if padding_idx is None else count)
+
+
+def _reference(table, indices, offsets, row_scale, embedding_dim, mode="mean", weights=None,
+               include_last_offset=False, padding_idx=None, tie=1.0):
+    rows = binary_embedding.reference(indices.reshape(-1), table, row_scale, embedding_dim)
+    out = reduce_rows(rows, indices, offsets, "mean" if mode == MAJORITY else mode, weights,
+                      include_last_offset, padding_idx)
+    return vote(out, tie) if mode == MAJORITY else out
+
+
+def _shape(table, indices, offsets, row_scale, embedding_dim, mode="mean", weights=None,
+           include_last_offset=False, padding_idx=None, tie=1.0):
+    bags = indices.shape[0] if offsets is None else offsets.shape[0] - int(include_last_offset)
+    return row_scale.new_empty((bags, embedding_dim))
+
+
+def _check(table, indices, offsets, row_scale, embedding_dim, mode="mean", weights=None,
+           include_last_offset=False, padding_idx=None, tie=1.0):
+    if mode not in MODES:
+        raise InputError(f"mode={mode!r}", " or ".join(map(repr, MODES)), "the mode")
+    bases.check_table(table, row_scale, embedding_dim)
+    check_bags(indices, offsets, weights, mode, include_last_offset)
+    check_indices(indices, table.shape[0])
+
+
+def check_bags(indices: torch.Tensor, offsets: torch.Tensor | None, weights: torch.Tensor | None,
+               mode: str, include_last_offset: bool) -> None:
+    """Raise unless indices, offsets and weights fit together."""
+    if indices.ndim != (2 if offsets is None else 1):
+        raise InputError(f"indices of rank {indices.ndim} {'without' if offsets is None else 'with'}"
+                         " offsets", "rank 2 without offsets, rank 1 with offsets",
+                         "the indices or offsets")
+    if offsets is not None and (offsets.ndim != 1 or offsets.dtype not in (torch.int32,
+                                                                           torch.int64)):
+        raise InputError(f"offsets {offsets.dtype} of shape {tuple(offsets.shape)}",
+                         "int32 or int64 of rank 1", "the offsets")
+    if offsets is not None and include_last_offset and offsets.shape[0] < 1:
+        raise InputError("no offsets with include_last_offset=True",
+                         "at least one offset, the number of indices", "the offsets")
+    if weights is not None and mode != "sum":
+        raise InputError(f"per-sample weights with mode={mode!r}", "mode='sum'", "the mode")
+    if weights is not None and weights.shape != indices.shape:
+        raise InputError(f"per-sample weights of shape {tuple(weights.shape)}",
+                         f"{tuple(indices.shape)}, that of the indices", "the weights")
+
+
+def _samples(generator: torch.Generator) -> Iterator[Sample]:
+    def indices(*shape: int) -> torch.Tensor:
+        return torch.randint(9, shape, generator=generator)
+
+    for mode in MODES:
+        for count in ((1,) if mode == MAJORITY else (1, 2, 3)):
+            table, scale = packed_sample(9, 13, count, generator)
+            scale = torch.ones(9) if mode == MAJORITY else scale
+            yield Sample((table, indices(3, 5), None, scale, 13, mode))
+            yield Sample((table, indices(6), torch.tensor([0, 2, 2]), scale, 13, mode))
+        yield Sample((table, indices(2, 4), None, scale, 13, mode, None, False, 3, 0.0))
+        yield Sample((table, indices(7).int(), torch.tensor([0, 4, 7], dtype=torch.int32), scale,
+                      13, mode, None, True, 0))
+        yield Sample((table, indices(2, 0), None, scale, 13, mode))
+    table, scale = packed_sample(9, 8, 2, generator)
+    yield Sample((table, indices(6), torch.tensor([0, 4, 6]), scale, 8, "sum",
+                  torch.rand(6, generator=generator), True, 2))
+    yield Sample((table, indices(2, 3), None, scale.half(), 8, "mean"))
+
+
+def _bad_samples(generator: torch.Generator) -> Iterator[Sample]:
+    table, scale = packed_sample(4, 8, 1, generator)
+    two, one = torch.zeros(2, 2, dtype=torch.long), torch.zeros(3, dtype=torch.long)
+    yield Sample((table, two, None, scale, 8, "median"), error="mode")
+    yield Sample((table, two, torch.tensor([0]), scale, 8), error="rank")
+    yield Sample((table, one, None, scale, 8), error="rank 1 without offsets")
+    yield Sample((table, one, torch.tensor([0.0]), scale, 8), error="offsets")
+    yield Sample((table, two + 4, None, scale, 8), error="index 4 into a table of 4 rows")
+    yield Sample((table, two, None, scale, 8, "mean", torch.ones(2, 2)), error="weights")
+    yield Sample((table, two, None, scale, 8, "sum", torch.ones(2, 3)), error="weights")
+    yield Sample((table, two, None, scale, 9), error="uint8")
+
+
+binary_embedding_bag = Operator(
+    name="binary_embedding_bag",
+    schema="(Tensor table, Tensor indices, Tensor? offsets, Tensor row_scale, int embedding_dim, "
+           "str mode='mean', Tensor? weights=None, bool include_last_offset=False, "
+           "int? padding_idx=None, float tie=1.0) -> Tensor",
+    reference=_reference,
+    shape=_shape,
+    check=_check,
+    samples=_samples,
+    bad_samples=_bad_samples,
+    tolerance=Tolerance(bits=True),
+    source="torch.nn.functional.embedding_bag over binary bases (arXiv:1802.00150); majority: "
+           "the sign of the mean, as in bitorch_engine's BinaryEmbeddingBag",
+)
