@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +85,9 @@ class Signature:
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The flat inputs of a call, checked; raises `InputError` or `InputTypeError`."""
+        if self._positional and not kwargs and len(args) == len(self.inputs):
+            self.check(args)
+            return list(args)
         flat, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.in_spec:
             arranged = _ordered(self._arrange(args, kwargs), self.in_spec)
@@ -98,9 +102,22 @@ class Signature:
 
     def unflatten(self, outputs: Any) -> Any:
         """The result in the structure that the model returns."""
+        if self._single:
+            (result,) = outputs
+            return result
         return pytree.tree_unflatten(list(outputs), self.out_spec)
 
-    def check(self, flat: list[Any]) -> None:
+    @functools.cached_property
+    def _positional(self) -> bool:
+        """Whether the captured call is nothing but the flat inputs, in order."""
+        return self.in_spec == pytree.tree_structure((tuple(range(len(self.inputs))), {}))
+
+    @functools.cached_property
+    def _single(self) -> bool:
+        """Whether the result is the one flat output."""
+        return self.out_spec.is_leaf()
+
+    def check(self, flat: Sequence[Any]) -> None:
         """Raise unless these flat inputs are of the captured dtypes, ranks and sizes."""
         sizes: dict[str, int] = {}
         for spec, value in zip(self.inputs, flat, strict=True):
@@ -133,19 +150,20 @@ class Signature:
 
     def _check_size(self, spec: InputSpec, axis: int, want: int | str, size: int,
                     sizes: dict[str, int]) -> None:
-        found = f"{spec.name} with size {size} in dimension {axis}"
         if isinstance(want, int):
             if size != want:
-                raise InputError(found, f"{want}: this size was fixed by the capture",
-                                 f"{spec.name}, or pass an example of this size to optimize")
+                raise _wrong_size(spec, axis, size, f"{want}: this size was fixed by the capture",
+                                  f"{spec.name}, or pass an example of this size to optimize")
             return
         low, high = self.ranges.get(want, (0, None))
         if size < low or (high is not None and size > high):
-            raise InputError(found, f"{low} to {'any size' if high is None else high}",
-                             f"the input {spec.name}")
+            raise _wrong_size(spec, axis, size,
+                              f"{low} to {'any size' if high is None else high}",
+                              f"the input {spec.name}")
         if sizes.setdefault(want, size) != size:
-            raise InputError(found, f"{sizes[want]}, the size of {want} in an earlier input",
-                             "the inputs: these two sizes have to be equal")
+            raise _wrong_size(spec, axis, size,
+                              f"{sizes[want]}, the size of {want} in an earlier input",
+                              "the inputs: these two sizes have to be equal")
 
     def _arrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """The same call with arguments positional and named as they were when captured."""
@@ -159,6 +177,10 @@ class Signature:
                  and not (k in self.defaults and v is self.defaults[k])}
         return (tuple(given[n] for n in positional),
                 {n: given[n] for n in captured} | extra)
+
+
+def _wrong_size(spec: InputSpec, axis: int, size: int, allowed: str, change: str) -> InputError:
+    return InputError(f"{spec.name} with size {size} in dimension {axis}", allowed, change)
 
 
 def _ordered(value: Any, spec: pytree.TreeSpec) -> Any:
