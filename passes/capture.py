@@ -23,19 +23,16 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from bincompile.errors import CaptureError, ConfigError, InputError, InputTypeError
 from bincompile.passes.check import check_sizes
-from bincompile.passes.graph import drop_unread
 from bincompile.passes.sizes import conditions
+from bincompile.passes.unlift import WRAPPER, unlift
 from bincompile.program import Program
 from bincompile.signature import InputSpec, Signature
 
 log = logging.getLogger(__name__)
-
-WRAPPER = "model"  # name of the user's model inside the module that is exported
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,59 +253,6 @@ def _explain(model: nn.Module, error: Exception) -> CaptureError:
         "a forward whose control flow and shapes don't depend on the values of tensors",
         "replace the branch on a tensor by torch.where or torch.cond" if control
         else "the line above, or the example inputs")
-
-
-def unlift(exported: ExportedProgram) -> tuple[fx.GraphModule, list[Any]]:
-    """The graph with parameters as get_attr nodes, and the fake values of its inputs."""
-    signature, tensors = exported.graph_signature, {}
-    inputs = {spec.arg.name: spec for spec in signature.input_specs}
-    changed = [s.target or s.arg.name for s in signature.output_specs
-               if s.kind is not OutputKind.USER_OUTPUT]
-    if changed:
-        raise CaptureError(f"the forward changes {', '.join(map(str, changed))} in place",
-                           "a forward that changes neither its inputs nor its buffers",
-                           "return the new value instead of writing it")
-    graph, copies, values = fx.Graph(), {}, []
-    for node in exported.graph.nodes:
-        spec = inputs.get(node.name) if node.op == "placeholder" else None
-        if spec is not None and spec.kind is not InputKind.USER_INPUT:
-            if spec.kind not in (InputKind.PARAMETER, InputKind.BUFFER,
-                                 InputKind.CONSTANT_TENSOR):
-                raise CaptureError(f"an input of kind {spec.kind.name}: {node.name}",
-                                   "tensors only", "the model's forward")
-            name = spec.target.removeprefix(f"{WRAPPER}.")
-            tensors[name] = _stored(exported, spec.target)
-            copies[node] = graph.get_attr(name)
-            copies[node].meta = dict(node.meta)
-            continue
-        if node.op == "output":
-            copies[node] = graph.output(fx.node.map_arg(tuple(node.args[0]), copies.get))
-            continue
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-        copies[node].meta["nn_module_stack"] = _own_stack(node)
-        if node.op == "placeholder":
-            values.append(node.meta["val"])
-    module = fx.GraphModule(tensors, graph)
-    drop_unread(module.graph)
-    module.recompile()
-    return module, values
-
-
-def _own_stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
-    """The module stack with paths as the user's model names them."""
-    found = {}
-    for key, (path, *rest) in (node.meta.get("nn_module_stack") or {}).items():
-        path = path.removeprefix("L['self']").removeprefix(".")
-        path = path.removeprefix(WRAPPER).removeprefix(".") if path != WRAPPER else ""
-        if not path.startswith("_empty_nn_module_stack"):
-            found[key] = (path, *rest)
-    return found
-
-
-def _stored(exported: ExportedProgram, target: str) -> torch.Tensor:
-    found = exported.state_dict.get(target)
-    tensor = exported.constants[target] if found is None else found
-    return tensor.detach()
 
 
 def _name_inputs(module: fx.GraphModule, flat: list[Any], labels: list[str]) -> None:

@@ -23,7 +23,10 @@ def lower(program: Program) -> Program:
 
 
 def fold(module: fx.GraphModule) -> None:
-    """Replace computations on stored tensors alone by their results, unless those are larger."""
+    """Replace computations on stored tensors alone by their results, unless those are larger.
+
+    An output is computed anew, or its caller would hold what the program reads.
+    """
     known: dict[fx.Node, object] = {}
     for node in list(module.graph.nodes):
         if node.op == "get_attr":
@@ -33,7 +36,7 @@ def fold(module: fx.GraphModule) -> None:
                 and (is_tensor(node) or is_sequence(node)):
             known[node] = run_as_is(node, known)
     for node, value in known.items():
-        outside = [u for u in node.users if u not in known]
+        outside = [u for u in node.users if u not in known and u.op != "output"]
         if node.op == "get_attr" or not outside or not isinstance(value, torch.Tensor):
             continue
         if value.nbytes <= _source_bytes(node):

@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from torch import fx
 
-from bincompile.passes.axes import SPLITS
 from bincompile.passes.graph import (
     arguments,
     aten,
@@ -28,10 +27,8 @@ from bincompile.program import Program
 IDENTITIES = (aten.clone.default, aten.contiguous.default, aten.alias.default,
               aten.detach.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-ALIASING = (*VIEWS, aten.transpose.int, aten.permute.default, aten.expand.default,
-            aten.select.int, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim,
-            aten.squeeze.dims, aten.squeeze.default, aten.t.default, aten.mT.default,
-            aten.unflatten.int, aten.flatten.using_ints)
+# Operators that may give back the memory of what they read though their schema is silent.
+QUIET_VIEWS = (*VIEWS, aten.einsum.default)
 PERMUTES = (aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default)
 
 
@@ -39,18 +36,18 @@ def normalise(program: Program) -> Program:
     """The program in normal spelling."""
     module, _ = copy_module(program.graph_module)
     simplify(module)
-    _detach_outputs(module)
     return program.next(finish(module), "normal")
 
 
 def simplify(module: fx.GraphModule) -> None:
-    """Apply every rule to every node once, in order."""
+    """Apply every rule to every node once, in order; outputs have memory of their own."""
     for node in list(module.graph.nodes):
         for rule in RULES:
             kept = rule(module, node)
             if kept is not None:
                 node.replace_all_uses_with(kept)
                 break
+    _detach_outputs(module)
 
 
 def _drop_identity(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -159,7 +156,7 @@ def _detach_outputs(module: fx.GraphModule) -> None:
     for value in output.args[0]:
         root = value
         while isinstance(root, fx.Node) and _aliases(root):
-            root = root.args[0]
+            root = _viewed(root)
         shared = isinstance(root, fx.Node) and (
             root.op in ("placeholder", "get_attr") or root in seen)
         if shared and is_tensor(value):
@@ -174,10 +171,17 @@ def _detach_outputs(module: fx.GraphModule) -> None:
 
 
 def _aliases(node: fx.Node) -> bool:
-    """Whether the node's memory is that of its first argument."""
+    """Whether the node may share memory with what it reads."""
     if node.target is operator.getitem:
-        return node.args[0].target in SPLITS
-    return node.target in (*ALIASING, *SPLITS)
+        return _aliases(node.args[0])
+    schema = getattr(node.target, "_schema", None)
+    return node.target in QUIET_VIEWS or (
+        schema is not None and any(r.alias_info is not None for r in schema.returns))
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """What a node that may alias is a view of: the first tensor that it reads."""
+    return node.all_input_nodes[0]
 
 
 Rule = Callable[[fx.GraphModule, fx.Node], fx.Node | None]

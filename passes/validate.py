@@ -171,9 +171,12 @@ class _Cut:
     def _draw_inputs(self, numbers: Assignment, trial: Trial) -> Values:
         generator = torch.Generator().manual_seed(trial.seed)
         padding = self.candidate.attrs.get("padding_idx") or 0
-        values = {role: self.stored[node] if role in self.candidate.fixed
-                  else _draw(role, value_of(node), numbers, trial, generator, padding)
-                  for role, node in self.candidate.inputs.items()}
+        drawn: dict[fx.Node, Any] = {}  # one value for a node that has several roles
+        for role, node in self.candidate.inputs.items():
+            if node not in drawn:
+                drawn[node] = self.stored[node] if role in self.candidate.fixed else _draw(
+                    role, value_of(node), numbers, trial, generator, padding)
+        values = {role: drawn[node] for role, node in self.candidate.inputs.items()}
         _fit_indices(values)
         return values
 
