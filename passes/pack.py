@@ -15,6 +15,7 @@ def pack(program: Program) -> Program:
     module, copies = copy_module(program.graph_module)
     matches, refusals = list(program.matches), list(program.refusals)
     rewrites = list(program.rewrites)
+    matched = {(m.operator, m.path) for m in matches}
     for pattern, node in anchors(program, "packed"):
         candidate = candidate_at(pattern, node, context)
         if not isinstance(candidate, Candidate):
@@ -28,7 +29,7 @@ def pack(program: Program) -> Program:
         rewrites.append(Rewrite(target_name(placed.target).removeprefix("bincompile."), found.path,
                                 "exact", bytes_before=stored_bytes(candidate, context),
                                 max_error=found.max_error, node=placed.name))
-        if candidate.operator == "linear":
+        if (found.operator, found.path) not in matched:
             matches.append(found)
     return program.next(finish(module), "packed", matches=tuple(matches),
                         refusals=tuple(refusals), rewrites=tuple(rewrites))

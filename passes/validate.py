@@ -26,7 +26,7 @@ LIMIT = 1e-9
 SEEDS = (0, 1, 2)
 FLOOR = 1e-3  # errors of smaller values are counted relative to this
 ROWS = 64  # rows of a table or weight in a proof: no row depends on how many there are
-ROW_ROLES = ("table", "weight", "weight_scale", "bias")
+ROW_ROLES = ("table", "row_scale", "weight", "weight_scale", "bias")
 
 Values = dict[str, Any]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from bincompile.op import Operator, Sample, Tolerance
-from bincompile.ops import bases, bits
+from bincompile.ops import bases
 from bincompile.ops.embedding import check_indices
 
 

@@ -70,9 +70,9 @@ def check_bags(indices: torch.Tensor, offsets: torch.Tensor | None, weights: tor
                mode: str, include_last_offset: bool) -> None:
     """Raise unless indices, offsets and weights fit together."""
     if indices.ndim != (2 if offsets is None else 1):
-        raise InputError(f"indices of rank {indices.ndim} {'without' if offsets is None else 'with'}"
-                         " offsets", "rank 2 without offsets, rank 1 with offsets",
-                         "the indices or offsets")
+        given = "without" if offsets is None else "with"
+        raise InputError(f"indices of rank {indices.ndim} {given} offsets",
+                         "rank 2 without offsets, rank 1 with offsets", "the indices or offsets")
     if offsets is not None and (offsets.ndim != 1 or offsets.dtype not in (torch.int32,
                                                                            torch.int64)):
         raise InputError(f"offsets {offsets.dtype} of shape {tuple(offsets.shape)}",
