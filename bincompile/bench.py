@@ -43,8 +43,9 @@ def run(suite: str, threads: Sequence[int]) -> dict[str, Any]:
         threads: numbers of threads.
 
     Returns:
-        `{"suite", "rows"}`; a row has `case`, `threads`, `ms` (median of each candidate) and
-        `speedup` (time of each peer over ours).
+        `{"suite", "load", "rows"}`; a row has `case`, `threads`, `ms` (median of each candidate)
+        and `speedup` (time of each peer over ours). `load` is the machine's load average at the
+        start: other work on the same cores makes times on several threads worthless.
 
     Raises:
         ConfigError: there is no such suite.
@@ -52,8 +53,9 @@ def run(suite: str, threads: Sequence[int]) -> dict[str, Any]:
     """
     if suite not in SUITES:
         raise ConfigError(f"the suite {suite!r}", ", ".join(SUITES), "the suite's name")
+    load = os.getloadavg()[0]
     rows = [row for count in threads for row in _in_own_process(suite, count)]
-    return {"suite": suite, "rows": rows}
+    return {"suite": suite, "load": load, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:
@@ -64,7 +66,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [(row["case"], str(row["threads"]),
               *(_number(row["ms"].get(n), ".3f") for n in names),
               *(_number(row["speedup"].get(p), ".1f") for p in peers)) for row in result["rows"]]
-    return f"{result['suite']}, medians of interleaved rounds\n{report.table(head, lines)}"
+    return (f"{result['suite']}, medians of interleaved rounds, "
+            f"load average {result['load']:.1f} at the start\n{report.table(head, lines)}")
 
 
 def _number(value: float | None, form: str) -> str:

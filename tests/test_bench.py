@@ -43,8 +43,8 @@ def test_a_table_has_a_line_for_each_case_and_a_dash_for_what_was_not_measured()
     rows = [{"case": "a", "threads": 1, "ms": {"bincompile": 0.5, "eager": 4.0},
              "speedup": {"eager": 8.0}},
             {"case": "b", "threads": 2, "ms": {"bincompile": 0.25}, "speedup": {}}]
-    lines = bench.table({"suite": "layers", "rows": rows}).splitlines()
-    assert "layers" in lines[0] and "x eager" in lines[1]
+    lines = bench.table({"suite": "layers", "load": 0.25, "rows": rows}).splitlines()
+    assert "layers" in lines[0] and "0.2" in lines[0] and "x eager" in lines[1]
     assert lines[2].split() == ["a", "1", "0.500", "4.000", "8.0"]
     assert lines[3].split() == ["b", "2", "0.250", "-", "-"]
 
