@@ -10,15 +10,16 @@ import contextlib
 import dataclasses
 import doctest
 import io
-import os
 import re
-import subprocess
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from bincompile import cli
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -78,13 +79,14 @@ def test_python_blocks_run_and_print_what_the_readme_shows(
 
 
 @pytest.mark.parametrize(("command", "shown"), [*console_commands()], ids=lambda text: text[:40])
-def test_console_blocks_run(command: str, shown: str, tmp_path: Path) -> None:
-    assert command.split()[0] == "bincompile"
-    found = subprocess.run([sys.executable, "-m", *command.split()], cwd=tmp_path, check=False,
-                           capture_output=True, text=True,
-                           env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert found.returncode == 0, found.stderr
-    assert same(shown, found.stdout), found.stdout
+def test_console_blocks_run(command: str, shown: str, tmp_path: Path, capsys: Any,
+                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name, *arguments = shlex.split(command)
+    code = cli.main(arguments)
+    printed = capsys.readouterr()
+    assert (name, code) == ("bincompile", cli.DONE), printed.err
+    assert same(shown, printed.out), printed.out
 
 
 def test_every_block_is_run_or_is_a_set_up_command() -> None:
