@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from bincompile.ops.bits import LANES
 from bincompile.runtime.schedules.common import (
     LANE,
     MODES,
@@ -111,22 +110,22 @@ def _pack(T: Any, x: Any, source: Any, shift: Any, bits: Any, means: Any, row: A
     """Sign bits of one row and, where wanted, its mean |x| in the order of `bits.row_scale`."""
     features = int(x.shape[1])
     whole, tail = divmod(features, WORD)
-    sums = T.alloc_buffer((LANES,), "float32", scope="local")
-    T.buffer_store(sums, T.broadcast(T.float32(0), LANES), [span(T, 0)])
+    sums = T.alloc_buffer((LANE,), "float32", scope="local")
+    T.buffer_store(sums, T.broadcast(T.float32(0), LANE), [span(T, 0)])
 
     def word(k: Any, halves: list[Any]) -> None:
         if shift is not None:
             halves = [half + shift[span(T, k * WORD + place)]
-                      for half, place in zip(halves, (0, LANES), strict=True)]
+                      for half, place in zip(halves, (0, LANE), strict=True)]
         for half in halves if means is not None else ():
             T.buffer_store(sums, sums[span(T, 0)] + T.fabs(half), [span(T, 0)])
         T.buffer_store(bits, T.call_extern("uint32", "bincompile_signs", *halves), [row, k])
 
     if whole:
         with T.serial(0, whole) as k:
-            word(k, [x[source, span(T, k * WORD)], x[source, span(T, k * WORD + LANES)]])
+            word(k, [x[source, span(T, k * WORD)], x[source, span(T, k * WORD + LANE)]])
     if tail:
-        word(whole, [load_tail(T, x, source, whole * WORD + place) for place in (0, LANES)])
+        word(whole, [load_tail(T, x, source, whole * WORD + place) for place in (0, LANE)])
     if means is not None:
         total = T.call_extern("float32", "bincompile_sum", sums[span(T, 0)])
         T.buffer_store(means, total / T.float32(features), [row])
