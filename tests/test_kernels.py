@@ -243,8 +243,9 @@ def test_a_finite_fill_is_exact(fill: float, size: float, empty_row: bool, causa
     query, key, value = (torch.randn(2, 3, n, 8) * size for n in (5, 7, 7))
     mask = torch.rand(2, 1, 5, 7) > 0.4
     mask[..., 0] = True
-    if empty_row:
-        mask[0, 0, 2] = False
+    if empty_row:  # the first row of sample 1 has keys left, but not with the causal mask
+        mask[0, 0, 2], mask[1, 0, 0, 0] = False, False
+        mask[1, 0, 0, 3] = True
     sample = Sample((query, key, value, None, mask, 0.3, fill, causal))
     call = call_of(OPERATORS["attention"], sample)
     found = run(choose(call, "torch-sdpa"), call)[0]

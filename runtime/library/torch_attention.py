@@ -45,19 +45,16 @@ def _bind(call: Call) -> Callable[..., Any]:
     finite_fill = call.value("mask") is not None and fill not in (None, -math.inf)
 
     def attend(query, key, value, bias, mask, *_: Any):
-        if finite_fill and not _fill_vanishes(query, key, bias, mask, scale, fill):
+        kept = _kept(query, key, mask, causal and not (bias is None and mask is None))
+        if finite_fill and not _fill_vanishes(query, key, bias, kept, scale, fill):
             return call.operator.reference(query, key, value, bias, mask, scale, fill, causal,
                                            masked_row)
-        rest: tuple[torch.Tensor | None, float, bool]
-        if bias is None and mask is None:
-            rest = (None, scale, causal)
-        else:
-            rest = (_combined(query, key, bias, mask, causal), scale, False)
-        out = _fused(query, key, value, *rest)
-        if repair and rest[0] is not None and not finite_fill:
-            kept = _open(rest[0]).any(-1, keepdim=True)
-            if key.shape[-2] and not kept.all():
-                out = torch.where(kept, out, math.nan)
+        extra = _combined(bias, kept)
+        out = _fused(query, key, value, extra, scale, causal and extra is None)
+        if repair and extra is not None and not finite_fill:
+            some = _open(extra).any(-1, keepdim=True)
+            if key.shape[-2] and not some.all():
+                out = torch.where(some, out, math.nan)
         return out, empty
 
     return call.partial(attend)
@@ -67,14 +64,19 @@ def _open(extra: torch.Tensor) -> torch.Tensor:
     return extra if extra.dtype == torch.bool else extra != -math.inf
 
 
-def _combined(query, key, bias, mask, causal: bool) -> torch.Tensor:
+def _kept(query, key, mask, causal: bool) -> torch.Tensor | None:
+    """The mask with the causal one in it; None where neither says anything."""
+    if not causal:
+        return mask
+    past = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+    return past if mask is None else mask & past
+
+
+def _combined(bias, kept) -> torch.Tensor | None:
     """One mask (bool) or one bias that holds everything that changes the scores."""
-    if causal:
-        kept = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
-        mask = kept if mask is None else mask & kept
-    if bias is None or mask is None:
-        return mask if bias is None else bias
-    return torch.where(mask, bias, -math.inf)
+    if bias is None or kept is None:
+        return kept if bias is None else bias
+    return torch.where(kept, bias, -math.inf)
 
 
 def _fused(query, key, value, extra, scale: float, causal: bool) -> torch.Tensor:
@@ -95,13 +97,13 @@ def _lift(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor
 
 
-def _fill_vanishes(query, key, bias, mask, scale: float, fill: float) -> bool:
+def _fill_vanishes(query, key, bias, kept, scale: float, fill: float) -> bool:
     """Whether every filled score has weight 0: each row keeps a key, far above the fill.
 
     A score is at most features * scale * max|query| * max|key| + max|bias| in size; with an
     infinity or a nan in them the comparison is False.
     """
-    if not query.numel() or not key.numel() or not mask.any(-1).all():
+    if not query.numel() or not key.numel() or not kept.any(-1).all():
         return False
     sizes = [abs(t).amax().item() for t in (query, key)]
     bound = query.shape[-1] * abs(scale) * sizes[0] * sizes[1]
