@@ -16,7 +16,15 @@ from bincompile.passes.axes import LAYOUTS, Contraction, contraction, source
 from bincompile.passes.graph import aten, is_tensor, number, shape_of, users, value_of
 from bincompile.passes.masks import is_causal
 from bincompile.passes.patterns import Candidate, Context, owner_of
-from bincompile.passes.scores import CASTS, Declined, Scores, Term, read_scores, regroup
+from bincompile.passes.scores import (
+    CASTS,
+    Declined,
+    Scores,
+    Term,
+    check_precision,
+    read_scores,
+    step,
+)
 
 Values = Mapping[str, Any]
 
@@ -57,6 +65,7 @@ def around_softmax(softmax: fx.Node, axis: int, masked_row: str,
     if read is None:
         return None
     scores, path = read
+    check_precision(scores, softmax)
     rank, left, right = scores.axes
     if axis % rank not in (left, right):
         raise Declined(f"softmax over dimension {axis % rank - rank} of the scores: it has to be "
@@ -111,13 +120,11 @@ def _find_values(softmax: fx.Node, scores: Scores, by_left: bool, masked_row: st
                 if isinstance(found, Found):
                     return found
                 reason = found
-            elif user.target in LAYOUTS:
+            elif user.target in (*LAYOUTS, *CASTS):
                 try:
-                    pending.append((user, regroup(at, user, 0, context), row, shared))
+                    pending.append((user, step(at, user, 0, context), row, shared))
                 except Declined as declined:
                     reason = declined
-            elif user.target in CASTS:
-                pending.append((user, at, row, shared))
             elif user.target is aten.nan_to_num.default and not any(user.args[1:2]):
                 pending.append((user, at, "zero", shared))
             else:

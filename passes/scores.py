@@ -11,10 +11,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 
 from bincompile.passes.axes import LAYOUTS, REGROUPS, Contraction, contraction, moved
-from bincompile.passes.graph import arguments, aten, is_tensor, number, shape_of
+from bincompile.passes.graph import arguments, aten, is_tensor, number, shape_of, value_of
 from bincompile.passes.patterns import Context
 from bincompile.passes.sizes import equal
 
@@ -75,8 +76,13 @@ def read_scores(end: fx.Node, context: Context) -> tuple[Scores, list[fx.Node]] 
         term = Term(found.added[0], scores.axes, None, found.added[1])
         scores = dataclasses.replace(scores, terms=(term,))
     for node, operand in path[1:]:
-        scores = _STEPS[node.target][1](scores, node, operand, context)
+        scores = step(scores, node, operand, context)
     return scores, [node for node, _ in path]
+
+
+def step(scores: Scores, node: fx.Node, operand: int, context: Context) -> Scores:
+    """The scores behind one operator of the closed set; `operand` is where they enter it."""
+    return _STEPS[node.target][1](scores, node, operand, context)
 
 
 def _find(node: fx.Node, context: Context, depth: int) -> list[tuple[fx.Node, int]] | None:
@@ -164,10 +170,18 @@ def _where(scores: Scores, node: fx.Node, operand: int, context: Context) -> Sco
 
 
 def _cast(scores: Scores, node: fx.Node, operand: int, context: Context) -> Scores:
+    check_precision(scores, node)
     return scores
 
 
-def regroup(scores: Scores, node: fx.Node, operand: int, context: Context) -> Scores:
+def check_precision(scores: Scores, node: fx.Node) -> None:
+    """Raise if a node rounds to fewer bits than the product has: the operator would not."""
+    before, after = value_of(scores.product.node).dtype, value_of(node).dtype
+    if not after.is_floating_point or torch.finfo(after).eps > torch.finfo(before).eps:
+        raise Declined(f"{before} is rounded to {after} between product and values", node)
+
+
+def _regroup(scores: Scores, node: fx.Node, operand: int, context: Context) -> Scores:
     """The scores behind an operator that only moves or regroups axes."""
     rank, *own = scores.axes
     positions = moved(node, tuple(own))
@@ -201,5 +215,5 @@ _STEPS: Mapping[Any, tuple[tuple[int, ...], _Step]] = {
     aten.where.self: ((1, 2), _where), aten.where.ScalarOther: ((1,), _where),
     aten.where.ScalarSelf: ((2,), _where),
     **{target: ((0,), _cast) for target in CASTS},
-    **{target: ((0,), regroup) for target in LAYOUTS},
+    **{target: ((0,), _regroup) for target in LAYOUTS},
 }
