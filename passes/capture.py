@@ -93,8 +93,7 @@ def _capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...],
     wrapped, out_spec = _Flat(model, example, in_spec), []
     with exporting(model), torch.no_grad():
         example = grown(wrapped, example) if grow and dynamic_shapes == "auto" else example
-        out_spec.append(pytree.tree_structure(model(*in_spec.unflatten(example)[0],
-                                                    **in_spec.unflatten(example)[1])))
+        out_spec.append(_structure_of_result(model, example, in_spec))
         tensors = tuple(v for v in example if isinstance(v, torch.Tensor))
         shapes = (dynamic_axes(tensors),) if dynamic_shapes == "auto" else None
         exported = torch.export.export(wrapped, tensors, dynamic_shapes=shapes, strict=False)
@@ -144,6 +143,19 @@ def _from_exported(exported: ExportedProgram, args: tuple[Any, ...],
     example = None if given is None else signature.flatten(*given)
     return Captured(Program(graph_module, signature), _flat_function(whole, spec.in_spec), example,
                     doubtful)
+
+
+def _structure_of_result(model: nn.Module, flat: list[Any],
+                         in_spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    """The structure of what one call returns; the call may not change its lists and dicts."""
+    args, kwargs = pytree.tree_unflatten(flat, in_spec)
+    result = pytree.tree_structure(model(*args, **kwargs))
+    after, spec = pytree.tree_flatten((args, kwargs))
+    if spec != in_spec or any(a is not b for a, b in zip(after, flat, strict=True)):
+        raise CaptureError("the forward changes a list or a dict among its inputs",
+                           "a forward that leaves its inputs as they are",
+                           "return the new values, or call the model without that input")
+    return result
 
 
 def check_model(model: Any) -> None:
