@@ -44,11 +44,43 @@ print("warnings:", [str(w.message) for w in caught if w.category is RuntimeWarni
 """
 
 
+THREADS = """
+from pathlib import Path
+import torch
+from bincompile.config import Target
+from bincompile.ops import OPERATORS, bits
+from bincompile.runtime import Call, Dynamic, choose
+torch.set_num_threads(2)
+x = torch.randn(600, 512)
+operator = OPERATORS["binary_linear"]
+packed = bits.pack(torch.randn(512, 512))
+call = Call(operator, operator.bind((Dynamic(x), packed, torch.ones(512), None, 512), {}),
+            Target.host())
+bound = choose(call).bind(call)
+x @ x.T @ x
+before = len(list(Path("/proc/self/task").iterdir()))
+bound(x)
+print("more threads:", len(list(Path("/proc/self/task").iterdir())) - before)
+print("pools:", len({line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()
+                     if "libgomp" in line}))
+"""
+
+
+def test_kernels_run_on_the_threads_of_torch(tmp_path: Path) -> None:
+    for state in ("cold", "warm"):
+        said = python(THREADS, BINCOMPILE_CACHE_DIR=str(tmp_path))
+        assert said.splitlines() == ["more threads: 0", "pools: 1"], state
+
+
 def probe(blocked: bool = False, **environment: str) -> str:
     """Two layers in a process of its own: kernels, equality, whether TVM came, warnings."""
-    done = subprocess.run([sys.executable, "-c", PROBE.format(blocked=blocked)], text=True,
-                          env=os.environ | environment, capture_output=True,
-                          cwd=Path(__file__).parent.parent)
+    return python(PROBE.format(blocked=blocked), **environment)
+
+
+def python(script: str, **environment: str) -> str:
+    """What a script prints in a process of its own, in the checkout."""
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | environment, text=True,
+                          capture_output=True, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
