@@ -19,7 +19,7 @@ if not (_here / "passes").is_dir():  # in a checkout they stand beside this fold
     __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:
-    from bincompile import nn
+    from bincompile import nn, optim
     from bincompile.api import inspect, optimize
     from bincompile.artifact import load
     from bincompile.compiled import CompiledModel
@@ -45,7 +45,7 @@ __all__ = [
     "AccuracyError", "AccuracyUnknownError", "ArtifactError", "Binary", "BincompileError",
     "CaptureError", "CompiledModel", "ConfigError", "Continual", "ContinualError", "Guard",
     "InputError", "InputTypeError", "KernelError", "MissingPackageError", "Program", "ProofError",
-    "Report", "Target", "__version__", "inspect", "load", "nn", "optimize",
+    "Report", "Target", "__version__", "inspect", "load", "nn", "optim", "optimize",
 ]
 
 _HOMES = {  # the module that holds a public name; bincompile.errors holds the others
@@ -53,13 +53,14 @@ _HOMES = {  # the module that holds a public name; bincompile.errors holds the o
     "Binary": "config", "Continual": "config", "Guard": "config", "Target": "config",
     "Program": "program", "Report": "report",
 }
+_MODULES = ("nn", "optim")
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'bincompile' has no attribute {name!r}")
-    if name == "nn":
-        return importlib.import_module("bincompile.nn")
+    if name in _MODULES:
+        return importlib.import_module(f"bincompile.{name}")
     home = importlib.import_module(f"bincompile.{_HOMES.get(name, 'errors')}")
     value = globals()[name] = getattr(home, name)
     return value
