@@ -129,9 +129,11 @@ def _from_exported(exported: ExportedProgram, args: tuple[Any, ...],
                    kwargs: Mapping[str, Any] | None, names: tuple[str, ...] = (),
                    defaults: Mapping[str, Any] | None = None) -> Captured:
     """The program of an ExportedProgram, with its own sizes."""
-    whole = exported.module()
     given = (args, dict(kwargs or {})) if args or kwargs else exported.example_inputs
-    exported = exported.run_decompositions({})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about torch
+        whole = exported.module()
+        exported = exported.run_decompositions({})
     graph_module, values = unlift(exported)
     spec = exported.call_spec
     labels = [n.name for n in graph_module.graph.nodes if n.op == "placeholder"]

@@ -200,7 +200,7 @@ def difference(left: torch.Tensor, right: torch.Tensor) -> float:
         return 0.0
     if not left.dtype.is_floating_point:
         return 0.0 if torch.equal(left, right.to(left.dtype)) else math.inf
-    left, right = left.double(), right.double()
+    left, right = left.detach().double(), right.detach().double()
     finite = left.isfinite()
     if not torch.equal(finite, right.isfinite()) or not torch.equal(
             left[~finite].nan_to_num(), right[~finite].nan_to_num()):
