@@ -150,9 +150,9 @@ def _to_four_axes(mask: torch.Tensor, sizes: tuple[int, ...],
         return mask
     if mask.ndim != 3:
         return None
-    if _fits(mask.shape[0], batch if per_sample else heads):
-        return mask[:, None] if per_sample else mask[None]
-    return mask.unflatten(0, (batch, heads)) if mask.shape[0] == batch * heads else None
+    if mask.shape[0] == batch * heads:  # asked first, so that a graph captured so takes batch 1 too
+        return mask.unflatten(0, (batch, heads))
+    return mask[:, None] if per_sample else mask[None]
 
 
 def _fits(size: int, wanted: int) -> bool:
