@@ -18,7 +18,7 @@ from peers import peer
 from torch import fx, nn
 
 import bincompile as bc
-from bincompile.nn.multihead_attention import MultiheadAttention
+from bincompile.nn import MultiheadAttention
 from bincompile.nn.multiway import MultiwayNetwork, set_split_position
 from bincompile.nn.xpos import XPOS
 
