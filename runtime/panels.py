@@ -78,7 +78,7 @@ def runner(module: Any, stored: Sequence[torch.Tensor], features: int, outputs: 
 
     kept = [from_dlpack(tensor) for tensor in stored]
     serial, by_rows, by_panels = (module[mode] for mode in ("serial", "rows", "panels"))
-    few = worth_threads // (features * outputs)
+    few, panels = worth_threads // (features * outputs), ceil_div(outputs, PANEL)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         flat = x if x.dtype is torch.float32 else x.float()
@@ -91,7 +91,7 @@ def runner(module: Any, stored: Sequence[torch.Tensor], features: int, outputs: 
         threads = torch.get_num_threads()
         if threads == 1 or rows <= few:
             serial(flat, *kept, out)
-        elif rows >= 4 * threads * block:
+        elif rows >= threads * block * (4 if panels >= 2 * threads else 1):
             by_rows(flat, *kept, out)
         else:
             by_panels(flat, *kept, out)
