@@ -453,6 +453,46 @@ def test_z8_the_keys_of_an_encoder_are_projected_once_and_kept() -> None:
         made(x, tokens(8), tokens(8), state)
 
 
+@torch.no_grad()
+def test_z8_a_step_copies_no_tokens_and_a_forked_state_goes_its_own_way() -> None:
+    made, x = layer(), tokens(12)
+    first, state = x[:, :4], {}
+    made(first, first, first, state)
+    forks, places = [], set()
+    for end in range(5, 9):
+        part = x[:, end - 1:end]
+        forks.append((end - 1, dict(state)))
+        made(part, part, part, state)
+        places.add(state["prev_key"].data_ptr())
+    assert len(places) == 1
+    forks.append((8, copy.deepcopy(state)))
+    for length, fork in forks:
+        other = tokens(2)
+        found = made(other, other, other, fork)[0]
+        again = torch.cat([x[:, :length], other], 1)
+        torch.testing.assert_close(found, made(again, again, again)[0][:, -2:])
+    last = x[:, 8:]
+    torch.testing.assert_close(made(last, last, last, state)[0], made(x, x, x)[0][:, 8:])
+
+
+def test_z8_a_state_passes_between_modes_and_through_a_file(tmp_path: Any) -> None:
+    made, x, state = layer(), tokens(7), {}
+    modes = [torch.no_grad, torch.inference_mode, torch.enable_grad, torch.inference_mode,
+             torch.no_grad, torch.enable_grad, torch.no_grad]
+    for part, mode in zip(x.split(1, 1), modes, strict=True):
+        with mode():
+            found = made(part, part, part, state)[0]
+        if mode is torch.enable_grad:
+            made.zero_grad()
+            kept = found
+    kept.sum().backward()  # later steps wrote nothing that this gradient reads
+    assert all(p.grad.isfinite().all() for p in made.parameters())
+    torch.testing.assert_close(found, made(x, x, x)[0][:, -1:])
+    torch.save(state, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(torch.equal(loaded[n], state[n]) for n in state)
+
+
 def test_z8_a_state_is_reordered_for_beam_search() -> None:
     made, x, state = layer(), tokens(), {}
     made.reorder_incremental_state(state, torch.tensor([0]))

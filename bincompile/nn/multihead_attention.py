@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from bincompile.errors import ConfigError, InputError, InputTypeError
 from bincompile.nn import arguments, masked_scores
+from bincompile.nn.growing import joined
 from bincompile.nn.multiway import MultiwayNetwork, ways
 from bincompile.nn.xpos import XPOS
 
@@ -144,7 +145,8 @@ class MultiheadAttention(nn.Module):
             incremental_state: a dict that a call extends: prev_key and prev_value (B, H, n,
                 embed_dim / H) of all n tokens so far, before xpos. In encoder-decoder attention
                 they are the encoder's, projected once; key and value are not read again. A call
-                that fails leaves it as it was. S below counts its tokens too.
+                that fails leaves it as it was. Without gradients a step writes behind the tokens
+                of the one before it and copies none. S below counts its tokens too.
             key_padding_mask: (B, S), bool, integer or float; a key where it is not 0 is dropped.
             attn_mask: bool, True drops a key (as in `nn.MultiheadAttention`), or float, added to
                 the scores, where -inf drops. (T, S), (B, T, S), (B * H, T, S) or (B, H, T, S),
@@ -219,7 +221,7 @@ class MultiheadAttention(nn.Module):
         new = self._heads(self.k_proj(key)), self._heads(self.v_proj(value))
         if past is None:
             return new
-        return torch.cat([past[0], new[0]], 2), torch.cat([past[1], new[1]], 2)
+        return joined(past[0], new[0]), joined(past[1], new[1])
 
     def _read_state(self, state: MutableMapping[str, Any] | None, query: torch.Tensor,
                     is_first_step: bool) -> tuple[Any, Any] | None:
