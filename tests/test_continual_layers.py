@@ -19,6 +19,7 @@ from bincompile.nn import (
     SingleOutputMultiheadAttention,
     StreamState,
     call_mode,
+    two_stacks,
 )
 
 SINGLE, RETRO = SingleOutputMultiheadAttention, RetroactiveMultiheadAttention
@@ -103,10 +104,10 @@ def layers(draw: st.DrawFn) -> Any:
     return layer_of(cls, window, **options)
 
 
-@given(layer=layers(), extra=st.integers(0, 14), padded=st.booleans(),
+@given(layer=layers(), extra=st.integers(0, 14), padded=st.booleans(), stacks=st.booleans(),
        masked=st.sampled_from(["no", "bool", "float", "heads"]))
 def test_every_option_streams_as_torch_on_the_window(
-        layer: Any, extra: int, padded: bool, masked: str) -> None:
+        layer: Any, extra: int, padded: bool, stacks: bool, masked: str) -> None:
     window = layer.sequence_len
     mask = {"no": None, "bool": torch.rand(window, window) < 0.4,
             "float": torch.randn(window, window, dtype=torch.float64),
@@ -117,7 +118,8 @@ def test_every_option_streams_as_torch_on_the_window(
     if padding is not None:
         mask = None if mask is None or mask.dtype == torch.bool else mask
         padding[:, ::window] = False
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(two_stacks, "SHORTEST", 1 if stacks else 99)
         run_padded(layer, window + extra, padding, mask)
 
 
@@ -407,7 +409,7 @@ def test_c13_a_stream_is_saved_and_moved(cls: type, tmp_path: Any) -> None:
 def test_c14_flops_follow_the_formula(cls: type) -> None:
     n, d = 6, E // H
     layer = cls(E, H, sequence_len=n, **({"single_output_forward": False} if cls is SINGLE else {}))
-    adds = H * (2 * n * n * d - n * d - n) + 4 * n * E * E
+    adds = H * (2 * n * n * d - n * d - n) + 4 * n * E * (E - 1)
     assert layer.flops(include_muls=False, include_adds=True) == adds
     assert layer.flops(False, False, True) == H * n * n
     whole = layer.flops()

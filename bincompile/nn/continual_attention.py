@@ -48,8 +48,13 @@ class ContinualAttention(SequenceAttention):
         raise NotImplementedError
 
     def _mix(self, state: StreamState, bias: torch.Tensor | None,
-             sinks: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        """(N, H, rows, D): the values mixed for each answered row, in window order."""
+             sinks: tuple[torch.Tensor, torch.Tensor] | None,
+             before: torch.Tensor | None) -> torch.Tensor:
+        """(N, H, rows, D): the values mixed for each answered row, in window order.
+
+        `before` is the clock before a step that wrote the rings in place, without a mask on pairs;
+        else None.
+        """
         raise NotImplementedError
 
     def _lay_out_step(self, y: torch.Tensor) -> torch.Tensor:
@@ -77,7 +82,10 @@ class ContinualAttention(SequenceAttention):
 
     def flops(self, include_muls: bool = True, include_adds: bool = False,
               include_exps: bool = False) -> int:
-        """Operations for each sample of what `call_mode` runs: a window, or one step of it."""
+        """Operations for each sample of what `call_mode` runs: a window, or one step of it.
+
+        A retroactive step is counted as if the window were attended anew, which bounds it.
+        """
         step = mode_of(self._call_mode) != "forward"
         counts = flops.count(self, *self._work(step), self.sequence_len)
         return sum(n for n, wanted in zip(counts, (include_muls, include_adds, include_exps),
@@ -341,12 +349,14 @@ class ContinualAttention(SequenceAttention):
 
     def _advance(self, state: StreamState, token: Token, bias: torch.Tensor | None,
                  in_place: bool) -> tuple[torch.Tensor | None, StreamState]:
+        before = state.clock if in_place and bias is None else None
         state = ring.push(state, token, in_place)
         if not self._answers(state.clock).any():
             return None, state
-        return self._answer(state, bias), state
+        return self._answer(state, bias, before), state
 
-    def _answer(self, state: StreamState, bias: torch.Tensor | None) -> torch.Tensor:
+    def _answer(self, state: StreamState, bias: torch.Tensor | None,
+                before: torch.Tensor | None = None) -> torch.Tensor:
         place = ring.positions(state.clock, self.sequence_len)
         if bias is not None:
             bias = ring.to_slots(bias, place, 3)
@@ -355,7 +365,7 @@ class ContinualAttention(SequenceAttention):
         if self.partial_window:
             unseen = place < self.sequence_len - state.clock[:, None]
             parts.append(score_bias.additive("unseen", unseen, state.key.dtype)[:, None, None])
-        mixed = self._mix(state, score_bias.add(*parts), self._sinks())
+        mixed = self._mix(state, score_bias.add(*parts), self._sinks(), before)
         answers = self._answers(state.clock)[..., None]
         return self._lay_out_step(torch.where(answers, self._merge(mixed), math.nan))
 

@@ -6,8 +6,8 @@ from torch import nn
 
 
 def linear(rows: int, inputs: int, outputs: int, bias: bool) -> tuple[int, int]:
-    """Multiplications and additions of a linear layer."""
-    return rows * inputs * outputs, rows * outputs * (inputs - (not bias))
+    """Multiplications and additions of a linear layer; a bias counts with the multiplications."""
+    return rows * outputs * (inputs + bias), rows * outputs * (inputs - 1)
 
 
 def attention(queries: int, keys: int, features: int) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from torch import nn
 from bincompile.nn import ring, score_bias
 from bincompile.nn.continual_attention import ContinualAttention
 from bincompile.nn.ring import StreamState
+from bincompile.nn.two_stacks import TwoStacks
 
 
 class RetroactiveMultiheadAttention(ContinualAttention):
@@ -17,9 +18,11 @@ class RetroactiveMultiheadAttention(ContinualAttention):
 
     `forward` takes whole sequences as `nn.MultiheadAttention` does. `forward_step` takes one token
     of each stream and gives what `forward` gives on the last sequence_len tokens, all their
-    outputs: queries, keys and values are projected once and kept in rings. Nothing is ever
-    subtracted, so no error adds up and no score overflows. Each stream of the batch has its own
-    clock (see `clean_state`).
+    outputs: queries, keys and values are projected once and kept in rings. A window of 256 tokens
+    or more is kept as sums that each token extends, O(S E) a step beside the output projection,
+    where the batch has one clock, no gradient is recorded and no attn_mask is given; else it is
+    attended anew from the rings. Nothing is ever subtracted, so no error adds up and no score
+    overflows. Each stream of the batch has its own clock (see `clean_state`).
 
     Args:
         embed_dim: features of queries and of the output.
@@ -44,7 +47,8 @@ class RetroactiveMultiheadAttention(ContinualAttention):
             no sequence_len.
 
     Source: Continual Transformers (arXiv:2201.06268); signature of continual-inference. Unlike
-    there, a step subtracts nothing and exponentiates no score before its maximum is taken off.
+    there, a step subtracts nothing and exponentiates no score before its maximum is taken off:
+    the sums are a queue of two stacks, merged as in arXiv:1805.02867.
 
     Example:
         >>> layer = RetroactiveMultiheadAttention(
@@ -69,6 +73,7 @@ class RetroactiveMultiheadAttention(ContinualAttention):
             batch_first=batch_first, device=device, dtype=dtype, sequence_len=sequence_len,
             forward_returns_attn_mask=forward_returns_attn_mask,
             embed_dim_second=embed_dim_second, partial_window=partial_window)
+        self._stacks = TwoStacks()
 
     @property
     def delay(self) -> int:
@@ -113,8 +118,13 @@ class RetroactiveMultiheadAttention(ContinualAttention):
         return torch.arange(slots, device=clock.device) >= slots - clock[:, None]
 
     def _mix(self, state: StreamState, bias: torch.Tensor | None,
-             sinks: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        mixed, _ = score_bias.attend(state.query, state.key, state.value, bias, self._drop, sinks)
+             sinks: tuple[torch.Tensor, torch.Tensor] | None,
+             before: torch.Tensor | None) -> torch.Tensor:
+        if before is not None and not self._drop and self._stacks.fits(before, state):
+            mixed = self._stacks.answer(before, state, bias, sinks)
+        else:
+            mixed, _ = score_bias.attend(state.query, state.key, state.value, bias, self._drop,
+                                         sinks)
         order = ring.window_order(state.clock, self.sequence_len)
         return mixed.gather(2, order[:, None, :, None].expand(mixed.shape))
 

@@ -46,8 +46,8 @@ class SingleOutputMultiheadAttention(ContinualAttention):
         ConfigError (a ValueError): an argument of the wrong kind, embed_dim % num_heads != 0, no
             sequence_len, or a query_index outside of the window.
 
-    Source: Continual Transformers (arXiv:2201.06268); signature of continual-inference. Unlike
-    there, a stream's step adds to no running sum, and never drops an argument.
+    Source: Continual Transformers (arXiv:2201.06268); signature of continual-inference. No
+    argument is ignored in a step.
 
     Example:
         >>> layer = SingleOutputMultiheadAttention(
@@ -135,7 +135,8 @@ class SingleOutputMultiheadAttention(ContinualAttention):
         return (clock > before)[:, None]
 
     def _mix(self, state: StreamState, bias: torch.Tensor | None,
-             sinks: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+             sinks: tuple[torch.Tensor, torch.Tensor] | None,
+             before: torch.Tensor | None) -> torch.Tensor:
         slot = state.clock % state.query.shape[2]  # the oldest query of the ring
         query = state.query.gather(2, slot[:, None, None, None].expand(
             -1, self.num_heads, 1, self.head_dim))
