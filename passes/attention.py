@@ -13,7 +13,7 @@ from torch import fx
 
 from bincompile.ops.attention import attention
 from bincompile.passes.axes import LAYOUTS, Contraction, contraction, source
-from bincompile.passes.graph import aten, is_tensor, number, shape_of, users, value_of
+from bincompile.passes.graph import aten, depends, is_tensor, number, shape_of, users, value_of
 from bincompile.passes.masks import is_causal
 from bincompile.passes.patterns import Candidate, Context, owner_of
 from bincompile.passes.scores import (
@@ -145,6 +145,8 @@ def _at_values(user: fx.Node, product: Contraction, node: fx.Node, at: Scores, s
                         "normalises", user)
     if shared and value_of(softmax).dtype != value_of(_value(found)).dtype:
         return Declined("the probabilities are read in another dtype than the values", softmax)
+    if shared and depends(_value(found), softmax):
+        return Declined("the values are computed from the probabilities", user)
     canonical = (*scores.product.batch, *scores.product.own)
     if scores.learned and (scores.product.axes != canonical or not by_left):
         return Declined("a tensor scales scores whose axes are reordered", user)

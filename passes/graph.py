@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -145,6 +146,36 @@ def between(outputs: tuple[fx.Node, ...], inputs: set[fx.Node]) -> list[fx.Node]
         pending += [n for n in node.all_input_nodes if is_tensor(n) or is_sequence(n)]
     order = {n: i for i, n in enumerate(next(iter(seen)).graph.nodes)} if seen else {}
     return sorted(seen, key=order.__getitem__)
+
+
+def depends(node: fx.Node, on: fx.Node) -> bool:
+    """Whether a node is computed from another one."""
+    seen, pending = {node}, [node]
+    while pending:
+        found = set(pending.pop().all_input_nodes) - seen
+        if on in found:
+            return True
+        seen |= found
+        pending += found
+    return False
+
+
+def put_in_order(graph: fx.Graph) -> None:
+    """Move every node behind what it reads; else nodes stay in the order that they have."""
+    nodes = list(graph.nodes)
+    order = {node: index for index, node in enumerate(nodes)}
+    missing = {node: len(node.all_input_nodes) for node in nodes}
+    ready = [index for index, node in enumerate(nodes) if not missing[node]]
+    last: fx.Node | None = None
+    while ready:
+        node = nodes[heapq.heappop(ready)]
+        if last is not None:
+            last.append(node)
+        last = node
+        for user in node.users:
+            missing[user] -= 1
+            if not missing[user]:
+                heapq.heappush(ready, order[user])
 
 
 def is_sequence(node: fx.Node) -> bool:

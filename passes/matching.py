@@ -8,7 +8,14 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 
 from bincompile.ops import operator_of
-from bincompile.passes.graph import Build, between, copy_module, finish, value_of
+from bincompile.passes.graph import (
+    Build,
+    between,
+    copy_module,
+    finish,
+    put_in_order,
+    value_of,
+)
 from bincompile.passes.normalise import simplify
 from bincompile.passes.patterns import Candidate, Context, Pattern, owner_of, patterns
 from bincompile.passes.scores import Declined
@@ -73,6 +80,7 @@ def canonicalise(program: Program) -> Program:
         rewrites.append(Rewrite(candidate.operator, found.path, "exact",
                                 bytes_before=stored_bytes(candidate, context),
                                 max_error=found.max_error, node=placed.name))
+    put_in_order(module.graph)  # what reads the probabilities may stand before the product
     simplify(module)
     return program.next(finish(module), "canonical", rewrites=(*program.rewrites, *rewrites))
 
