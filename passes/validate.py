@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,15 +45,19 @@ class Trial:
 
 
 def _zeros(role: str, value: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(value)
+    return value if value.dtype == torch.bool else torch.zeros_like(value)
 
 
 def _huge(role: str, value: torch.Tensor) -> torch.Tensor:
-    return value if role.startswith("factor") else torch.where(value >= 0, 1e4, -1e4)
+    if role.startswith("factor") or value.dtype == torch.bool:
+        return value
+    return torch.where(value >= 0, 1e4, -1e4)
 
 
 def _equal_rows(role: str, value: torch.Tensor) -> torch.Tensor:
-    return value[..., :1, :].expand_as(value).clone() if value.ndim > 1 else value
+    if value.ndim < 2 or value.dtype == torch.bool:
+        return value
+    return value[..., :1, :].expand_as(value).clone()
 
 
 def _same(role: str, value: torch.Tensor) -> torch.Tensor:
@@ -61,11 +65,15 @@ def _same(role: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def _masked(role: str, value: torch.Tensor) -> torch.Tensor:
-    """-inf on a third of an added mask, and on the whole of its first row."""
-    if not role.startswith("bias") or value.ndim == 0:
+    """-inf on a third of an added mask and on the whole of its first row; the same with bools."""
+    boolean = value.dtype == torch.bool
+    if value.ndim == 0 or not (boolean or role.startswith("bias")):
         return value
-    value = torch.where(value.abs() < 0.4, -math.inf, value)
-    value.view(-1, value.shape[-1])[:1] = -math.inf
+    value = value.clone() if boolean else torch.where(value.abs() < 0.4, -math.inf, value)
+    rows = value.view(-1, value.shape[-1])
+    rows[:1] = False if boolean else -math.inf
+    if boolean:
+        rows[1:][-1:] = True
     return value
 
 
@@ -116,8 +124,11 @@ def validate(candidate: Candidate, graph_module: fx.GraphModule) -> Evidence | s
     error, tried = 0.0, 0
     trials: tuple[Trial, ...] = TRIALS
     for numbers in assignments([*cut.reads, *cut.nodes]):
+        sizes, drawn = cut.sizes(numbers), dict[int, dict[fx.Node, Any]]()
         for trial in trials:
-            outcome = cut.run(numbers, trial)
+            if trial.seed not in drawn:
+                drawn[trial.seed] = cut.draw(numbers, trial.seed)
+            outcome = cut.run(sizes, drawn[trial.seed], trial)
             if isinstance(outcome, str):
                 return outcome
             if outcome is None:
@@ -151,12 +162,28 @@ class _Cut:
         return cls(candidate, [n for n in nodes if n.op == "call_function"], reads,
                    {n: t.double() if t.dtype.is_floating_point else t for n, t in stored.items()})
 
-    def run(self, numbers: Assignment, trial: Trial) -> float | str | None:
+    def sizes(self, numbers: Assignment) -> dict[fx.Node, int]:
+        """The sizes that the nodes read, as numbers."""
+        return {n: concrete(value_of(n), numbers) for n in self.reads
+                if not is_tensor(n) and not is_sequence(n)}
+
+    def draw(self, numbers: Assignment, seed: int) -> dict[fx.Node, Any]:
+        """A random value for every input; one for a node that has several roles."""
+        generator = torch.Generator().manual_seed(seed)
+        padding = self.candidate.attrs.get("padding_idx") or 0
+        drawn: dict[fx.Node, Any] = {}
+        for role, node in self.candidate.inputs.items():
+            if node not in drawn:
+                drawn[node] = self.stored[node] if role in self.candidate.fixed else _draw(
+                    role, value_of(node), numbers, generator, padding)
+        return drawn
+
+    def run(self, sizes: Mapping[fx.Node, int], drawn: Mapping[fx.Node, Any],
+            trial: Trial) -> float | str | None:
         """The error of one trial; None where the model itself can't run at these sizes."""
-        values = self._draw_inputs(numbers, trial)
-        env: dict[fx.Node, Any] = {n: concrete(value_of(n), numbers) for n in self.reads
-                                   if not is_tensor(n) and not is_sequence(n)}
-        env |= self.stored | {n: values[role] for role, n in self.candidate.inputs.items()}
+        values = self._changed(drawn, trial)
+        env: dict[fx.Node, Any] = {**sizes, **self.stored}
+        env.update((n, values[role]) for role, n in self.candidate.inputs.items())
         with torch.no_grad():
             try:
                 run_nodes(self.nodes, env)
@@ -168,15 +195,15 @@ class _Cut:
                 return f"the rewritten form fails where the model runs: {error}"
         return _compare([env[o] for o in self.candidate.outputs], found, trial)
 
-    def _draw_inputs(self, numbers: Assignment, trial: Trial) -> Values:
-        generator = torch.Generator().manual_seed(trial.seed)
-        padding = self.candidate.attrs.get("padding_idx") or 0
-        drawn: dict[fx.Node, Any] = {}  # one value for a node that has several roles
+    def _changed(self, drawn: Mapping[fx.Node, Any], trial: Trial) -> Values:
+        changed: dict[fx.Node, Any] = {}
         for role, node in self.candidate.inputs.items():
-            if node not in drawn:
-                drawn[node] = self.stored[node] if role in self.candidate.fixed else _draw(
-                    role, value_of(node), numbers, trial, generator, padding)
-        values = {role: drawn[node] for role, node in self.candidate.inputs.items()}
+            if node not in changed:
+                value = drawn[node]
+                random = isinstance(value, torch.Tensor) and role not in self.candidate.fixed \
+                    and (value.dtype.is_floating_point or value.dtype == torch.bool)
+                changed[node] = trial.change(role, value) if random else value
+        values = {role: changed[node] for role, node in self.candidate.inputs.items()}
         _fit_indices(values)
         return values
 
@@ -201,6 +228,9 @@ def difference(left: torch.Tensor, right: torch.Tensor) -> float:
     if not left.dtype.is_floating_point:
         return 0.0 if torch.equal(left, right.to(left.dtype)) else math.inf
     left, right = left.detach().double(), right.detach().double()
+    gap, scale = float((left - right).abs().max()), float(left.abs().max())
+    if math.isfinite(gap) and math.isfinite(scale):
+        return gap / max(FLOOR, scale)
     finite = left.isfinite()
     if not torch.equal(finite, right.isfinite()) or not torch.equal(
             left[~finite].nan_to_num(), right[~finite].nan_to_num()):
@@ -211,7 +241,7 @@ def difference(left: torch.Tensor, right: torch.Tensor) -> float:
     return float((left[finite] - right[finite]).abs().max()) / scale
 
 
-def _draw(role: str, fake: Any, numbers: Assignment, trial: Trial, generator: torch.Generator,
+def _draw(role: str, fake: Any, numbers: Assignment, generator: torch.Generator,
           padding: int) -> Any:
     if not isinstance(fake, torch.Tensor):
         return concrete(fake, numbers)
@@ -219,14 +249,10 @@ def _draw(role: str, fake: Any, numbers: Assignment, trial: Trial, generator: to
     if role in ROW_ROLES and shape:
         shape[0] = min(shape[0], max(ROWS, 1 + padding))
     if fake.dtype == torch.bool:
-        kept = torch.rand(shape, generator=generator) > 0.4
-        if trial.name == "masked" and kept.ndim:
-            kept.view(-1, kept.shape[-1])[:1] = False
-            kept.view(-1, kept.shape[-1])[-1:] = True
-        return kept
+        return torch.rand(shape, generator=generator) > 0.4
     if not fake.dtype.is_floating_point:
         return torch.randint(2**31, shape, generator=generator).to(fake.dtype)
-    return trial.change(role, torch.randn(shape, generator=generator, dtype=torch.float64))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _fit_indices(values: Values) -> None:
