@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -47,6 +47,11 @@ def causal(size: int) -> torch.Tensor:
 def padded(*lengths: int) -> torch.Tensor:
     """True behind each length, as key_padding_mask has it."""
     return torch.arange(max(lengths))[None] >= torch.tensor(lengths)[:, None]
+
+
+def cases(forms: Iterable[str], slow: Collection[str]) -> list[Any]:
+    """The names of forms as parameters; some are left to the long run."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow else []) for name in forms]
 
 
 # nn.MultiheadAttention: options, the call, and a later call of other sizes.
@@ -98,7 +103,12 @@ FORMS: dict[str, tuple[dict[str, Any], Callable[[], list[Call]], dict[str, Any]]
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
+SLOW_FORMS = ("without weights", "cross", "padding as floats", "mask as floats", "without bias",
+              "bool mask for each head", "weights of each head", "bias of keys", "zero attention",
+              "causal with weights", "mask")
+
+
+@pytest.mark.parametrize("name", cases(FORMS, SLOW_FORMS))
 def test_multihead_attention_in_every_form(name: str) -> None:
     options, make, expected = FORMS[name]
     model = MHA(FEATURES, HEADS, **{"batch_first": True, **options}).eval()
@@ -191,7 +201,7 @@ def assert_right_and_explained(model: nn.Module, first: torch.Tensor, other: tor
     assert all(m.validated for m in matches) and all(r.reason and r.node for r in refusals)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", cases(["eager", "sdpa"], ["sdpa"]))
 def test_gpt2(attention: str) -> None:
     config = transformers.GPT2Config(
         vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=64, use_cache=False,
@@ -200,6 +210,7 @@ def test_gpt2(attention: str) -> None:
                                torch.randint(50, (3, 9)), 2)
 
 
+@pytest.mark.slow
 def test_vit() -> None:
     config = transformers.ViTConfig(image_size=16, patch_size=4, **SMALL)
     assert_right_and_explained(transformers.ViTModel(config), tensor(2, 3, 16, 16),
@@ -452,7 +463,13 @@ HAND: dict[str, tuple[Core, int | str]] = {
 }
 
 
-@pytest.mark.parametrize("name", HAND)
+SLOW_HAND = ("unbind", "einsum bnhd", "grouped, repeated", "one key head", "normed", "cosine",
+             "scale on k", "where, dropped", "filled", "nested", "two best", "maximum subtracted",
+             "scores of keys by queries", "scores returned", "stored keys", "a number added",
+             "a sink", "bias behind a mask", "twice", "head by head")
+
+
+@pytest.mark.parametrize("name", cases(HAND, SLOW_HAND))
 def test_a_hand_written_form(name: str) -> None:
     core, expected = HAND[name]
     model = HandWritten(core).eval()
@@ -473,7 +490,7 @@ def test_a_hand_written_form(name: str) -> None:
 CAUSAL = ("where, kept", "where, dropped", "filled", "filled, then scaled", "added", "linear bias")
 
 
-@pytest.mark.parametrize("name", ["chunk", "also returned", *CAUSAL])
+@pytest.mark.parametrize("name", cases(["chunk", "also returned", *CAUSAL], CAUSAL[1:-1]))
 def test_only_what_is_causal_is_called_causal(name: str) -> None:
     report = bc.inspect(HandWritten(HAND[name][0]).eval(), (tensor(2, 6, 32),))
     assert report.matches[0].attrs["causal"] == (name in CAUSAL)
