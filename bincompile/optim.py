@@ -174,7 +174,7 @@ class BinaryOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every parameter that has a gradient; returns what the closure returns."""
         loss = None
         if closure is not None:
@@ -186,7 +186,7 @@ class BinaryOptimizer(torch.optim.Optimizer):
                 if _is_packed(param):
                     self._step_table(param, rule, group)
                 elif param.grad is not None:
-                    self._step_floats(param, rule, group)
+                    self._step_floats(param, param.grad, rule, group)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -196,11 +196,11 @@ class BinaryOptimizer(torch.optim.Optimizer):
             for param in filter(_is_packed, group["params"]):
                 param.sparse_grad = None
 
-    def _step_floats(self, param: torch.Tensor, rule: Rule, group: dict[str, Any]) -> None:
-        grad, state = param.grad, self.state[param]
+    def _step_floats(self, param: torch.Tensor, grad: torch.Tensor, rule: Rule,
+                     group: dict[str, Any]) -> None:
+        state, signs = self.state[param], bits.sign(param)
         if grad.is_sparse:
             grad = grad.to_dense()
-        signs = bits.sign(param)
         if not state:
             state.update(rule.begin(signs, grad, group))
         if rule.flips is None:
@@ -212,7 +212,7 @@ class BinaryOptimizer(torch.optim.Optimizer):
 
     def _step_table(self, table: torch.Tensor, rule: Rule, group: dict[str, Any]) -> None:
         grad = self._gathered(table)
-        if grad is None or not grad._nnz():
+        if grad is None or not grad._nnz() or rule.flips is None:
             return
         rows, values = grad.indices()[0], grad.values()
         count = values.shape[1] if values.ndim == 3 else 1

@@ -436,6 +436,25 @@ def test_e14_the_state_has_the_same_keys_always_and_loads() -> None:
     assert set(BinaryEmbedding(7, 13, packed=False).state_dict()) == {"weight"}
 
 
+def test_a_table_of_bitorch_engine_loads_and_its_padding_row_becomes_zero() -> None:
+    theirs = {"qweight": torch.randint(256, (7, 2), dtype=torch.uint8),
+              "scale_w": torch.rand(7, 1)}
+    layer = BinaryEmbedding(7, 16, padding_idx=2)
+    layer.load_state_dict(theirs)
+    wanted = bits.unpack(theirs["qweight"], 16, torch.float32) * theirs["scale_w"]
+    wanted[2] = 0
+    assert torch.equal(layer(torch.arange(7)), wanted) and set(theirs) == {"qweight", "scale_w"}
+
+
+@pytest.mark.parametrize("kind", [BinaryEmbedding, BinaryEmbeddingBag])
+def test_a_model_that_was_traced_by_fx_compiles(kind: type[nn.Module]) -> None:
+    model, indices = nn.Sequential(kind(9, 8), nn.Linear(8, 2)).eval(), torch.tensor([[1, 2]])
+    traced = torch.fx.symbolic_trace(model).eval()
+    compiled = bc.optimize(traced, (indices,))
+    assert compiled.report.rewrites[0].operator.startswith("binary_embedding")
+    assert torch.equal(compiled(indices), model(indices))
+
+
 def test_e16_arguments_have_positions_and_none_is_swallowed() -> None:
     assert BinaryEmbedding(7, 4, 2).padding_idx == BinaryEmbeddingBag(7, 4, 2).padding_idx == 2
     for kind in (BinaryEmbedding, BinaryEmbeddingBag):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import ddp_worker
 import pytest
@@ -14,8 +15,9 @@ import torch
 from torch.nn import functional as F
 
 import bincompile as bc
-from bincompile.models import digits
+from bincompile.models import digits, recommender, words
 from bincompile.nn import BinaryEmbedding, BinaryEmbeddingBag, BinaryEmbeddingForward
+from bincompile.nn.binary_table import BinaryTable
 from bincompile.ops import row_gradient
 from bincompile.optim import BinaryOptimizer
 
@@ -202,7 +204,23 @@ def test_tables_stay_out_of_what_is_broadcast_in_each_forward(two_processes: lis
                                              ["words.qweight", "words.embed_scale"]]
 
 
-# digits
+# models
+
+
+@pytest.mark.parametrize("module", [recommender, words], ids=lambda m: m.__name__)
+def test_small_models_learn_compile_and_travel(module: ModuleType, tmp_path: Path) -> None:
+    state = torch.random.get_rng_state()
+    model = module.build()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    figure, = module.evaluate(model).values()
+    assert figure >= 0.9 and not any(part.training for part in model.modules())
+    args, _ = module.example_inputs()
+    compiled = bc.optimize(model, args)
+    assert module.evaluate(compiled) == module.evaluate(model)
+    tables = [r for r in compiled.report.rewrites if r.operator != "binary_linear"]
+    assert len(tables) == sum(isinstance(part, BinaryTable) for part in model.modules())
+    compiled.save(tmp_path / "model.bc")
+    assert torch.equal(bc.load(tmp_path / "model.bc")(*args), compiled(*args))
 
 
 @pytest.mark.slow

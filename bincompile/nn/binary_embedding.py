@@ -66,7 +66,7 @@ class BinaryEmbedding(BinaryTable):
         if not self.packed:
             rows = F.embedding(input, self.weight, self.padding_idx, sparse=self.sparse)
             return fake_binary_rows.overload(rows, self.bases)
-        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        if self._differentiates(input):
             return self.look_up(input)
         return binary_embedding.overload(input, self.qweight, self.row_scale(), self.embedding_dim)
 

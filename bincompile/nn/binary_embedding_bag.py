@@ -88,10 +88,10 @@ class BinaryEmbeddingBag(BinaryTable):
     def forward(self, input: torch.Tensor, offsets: torch.Tensor | None = None,
                 per_sample_weights: torch.Tensor | None = None) -> torch.Tensor:
         """(B, L), or (n,) and offsets, to (B, embedding_dim)."""
-        check_bags(input, offsets, per_sample_weights, self.mode, self.include_last_offset)
         if not self.packed:
             return self._from_masters(input, offsets, per_sample_weights)
-        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+        if self._differentiates(input):
+            check_bags(input, offsets, per_sample_weights, self.mode, self.include_last_offset)
             out = reduce_rows(self.look_up(input.reshape(-1)), input, offsets, self._reduction,
                               per_sample_weights, self.include_last_offset, self.padding_idx)
             return self._voted(out)
@@ -101,6 +101,7 @@ class BinaryEmbeddingBag(BinaryTable):
 
     def _from_masters(self, input: torch.Tensor, offsets: torch.Tensor | None,
                       weights: torch.Tensor | None) -> torch.Tensor:
+        check_bags(input, offsets, weights, self.mode, self.include_last_offset)
         check_indices(input, self.num_embeddings)
         if offsets is None:  # spelled out, because torch refuses bags of length 0
             offsets = torch.arange(input.shape[0], device=input.device) * input.shape[1]

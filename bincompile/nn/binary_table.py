@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from bincompile.errors import ConfigError, InputError, InputTypeError
@@ -124,7 +125,7 @@ class BinaryTable(nn.Module):
                              "the embeddings argument")
         options = {"device": embeddings.device, "dtype": embeddings.dtype, **options}
         with torch.random.fork_rng(devices=[]):  # nothing random is kept
-            layer = cls(*embeddings.shape, padding_idx, **options)
+            layer = cls(embeddings.shape[0], embeddings.shape[1], padding_idx, **options)
         layer.assign_rows(embeddings)
         return layer.requires_grad_(not arguments.flag(cls.__name__, "freeze", freeze))
 
@@ -179,6 +180,12 @@ class BinaryTable(nn.Module):
         """The scales of a packed table as the operators take them: (V,), or (V, bases)."""
         return self.embed_scale.squeeze(1) if self.bases == 1 else self.embed_scale
 
+    @staticmethod
+    def _differentiates(input: torch.Tensor) -> bool:
+        """Whether a call has to be open to autograd: not where it is written into a graph."""
+        return torch.is_grad_enabled() and not torch.compiler.is_exporting() \
+            and not isinstance(input, fx.Proxy)
+
     def look_up(self, indices: torch.Tensor) -> torch.Tensor:
         """Rows of a packed table (..., D) that carry a gradient to it where it isn't frozen."""
         trains = self.embed_scale.requires_grad or self.anchor.requires_grad
@@ -202,21 +209,18 @@ class BinaryTable(nn.Module):
             >>> table.logits(torch.tensor([1.0, 0.5])).tolist()
             [1.0, 1.5]
         """
-        exporting = torch.compiler.is_exporting()
         if not self.packed:
             weight = self.weight if rows is None else F.embedding(rows, self.weight,
                                                                   self.padding_idx)
             return F.linear(hidden, fake_binary_rows.overload(weight, self.bases))
-        if rows is not None or (torch.is_grad_enabled() and not exporting):
+        if rows is not None or self._differentiates(hidden):
             every = torch.arange(self.num_embeddings, device=self.qweight.device)
             return F.linear(hidden, self.look_up(every if rows is None else rows))
-        width, out = bits.packed_width(self.embedding_dim), None
-        for base in range(self.bases):
-            part = self.qweight[:, base * width:(base + 1) * width]
-            scores = binary_linear.overload(hidden, part, self.embed_scale[:, base], None,
-                                            self.embedding_dim, "float")
-            out = scores if out is None else out + scores
-        return out
+        width = bits.packed_width(self.embedding_dim)
+        scores = [binary_linear.overload(hidden, self.qweight[:, base * width:(base + 1) * width],
+                                         self.embed_scale[:, base], None, self.embedding_dim,
+                                         "float") for base in range(self.bases)]
+        return functools.reduce(torch.add, scores)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str,
                             keep_vars: bool) -> None:
@@ -225,9 +229,13 @@ class BinaryTable(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local: dict[str, Any],
                               strict: bool, missing: list[str], *rest: Any) -> None:
+        theirs, scale = prefix + "scale_w", prefix + "embed_scale"  # of bitorch_engine
+        if self.packed and scale not in state_dict and theirs in state_dict:
+            state_dict[scale] = state_dict.pop(theirs)
         super()._load_from_state_dict(state_dict, prefix, local, strict, missing, *rest)
         if prefix + ANCHOR in missing:
             missing.remove(prefix + ANCHOR)
+        self._clear_padding()
 
     def extra_repr(self) -> str:
         """The sizes, and every option that is not at its default."""

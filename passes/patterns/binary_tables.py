@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -194,6 +195,9 @@ class _Head(nn.Module):
 class _BitsHead(nn.Module):
     """A packed output head; with `computed`, its scales come from the input."""
 
+    packed: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, computed: bool = False) -> None:
         super().__init__()
         packed, scale = pack_bases.reference(torch.randn(9, 12), 1)
@@ -208,6 +212,9 @@ class _BitsHead(nn.Module):
 
 class _Bits(nn.Module):
     """A packed table; with `computed`, its scales come from the input."""
+
+    packed: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, count: int = 1, mode: str | None = None, computed: bool = False) -> None:
         super().__init__()
@@ -233,13 +240,13 @@ def _rows() -> tuple[torch.Tensor]:
 
 table_masters = Pattern(
     "table_masters", "embedding", (fake_binary_rows.overload,), _match_masters,
-    examples=tuple(Example(lambda count=count: _LookUp(count), _indices) for count in (1, 2, 3)),
+    examples=tuple(Example(functools.partial(_LookUp, count), _indices) for count in (1, 2, 3)),
     near_misses=(Example(lambda: _LookUp(shift=0.5), _indices), Example(_Head, _rows)),
     stage="packed",
 )
 table_bag = Pattern(
     "table_bag", "embedding_bag", (embedding_bag.overload,), _match_bag,
-    examples=tuple(Example(lambda mode=mode, count=count: _Bag(mode, count), _indices)
+    examples=tuple(Example(functools.partial(_Bag, mode, count), _indices)
                    for mode in MODES if mode != MAJORITY for count in (1, 2)),
     near_misses=(Example(lambda: nn.EmbeddingBag(9, 12), _indices), Example(_Bag, _indices)),
     stage="packed",
@@ -259,14 +266,14 @@ table_head = Pattern(
 )
 packed_table = Pattern(
     "packed_table", "embedding", (binary_embedding.overload,), _match_packed,
-    examples=tuple(Example(lambda count=count: _Bits(count), _indices) for count in (1, 2, 3)),
+    examples=tuple(Example(functools.partial(_Bits, count), _indices) for count in (1, 2, 3)),
     near_misses=(Example(lambda: _Bits(computed=True), _indices),
                  Example(lambda: nn.Embedding(9, 12), _indices)),
     stage="packed",
 )
 packed_bag = Pattern(
     "packed_bag", "embedding_bag", (binary_embedding_bag.overload,), _match_packed,
-    examples=tuple(Example(lambda mode=mode: _Bits(1, mode), _indices) for mode in MODES),
+    examples=tuple(Example(functools.partial(_Bits, 1, mode), _indices) for mode in MODES),
     near_misses=(Example(lambda: _Bits(1, "sum", computed=True), _indices),
                  Example(lambda: nn.EmbeddingBag(9, 12), _indices)),
     stage="packed",
