@@ -135,7 +135,9 @@ def test_a_query_that_sees_nothing_has_no_part_of_any_value(cls: type) -> None:
     nothing = layer.out_proj.bias.expand(N, -1)
     output, weights = layer(*xs, key_padding_mask=hidden)
     assert torch.equal(output, nothing[:, None].expand_as(output)) and weights.eq(0).all()
-    output.sum().backward()
+    fused, _ = layer(*xs, key_padding_mask=hidden, need_weights=False)
+    assert torch.equal(fused, output)
+    (output + fused).sum().backward()
     assert layer.in_proj_weight.grad.isfinite().all()
     with torch.no_grad():
         last = stream(layer, xs, key_padding_mask=hidden)[-1]
@@ -278,18 +280,23 @@ def test_build_from_and_state_dicts_are_bit_equal(cls: type, options: dict) -> N
 
 
 @CLASSES
-@pytest.mark.parametrize("mask", ["none", "padding", "float"])
-def test_optimize_recognises_the_forward(cls: type, mask: str) -> None:
+@pytest.mark.parametrize(("mask", "weights"), [("none", True), ("padding", True), ("float", True),
+                                               ("none", False), ("padding", False)])
+def test_optimize_recognises_the_forward(cls: type, mask: str, weights: bool) -> None:
     layer = layer_of(cls, 6, dtype=torch.float32)
     x = torch.randn(N, 6, E)
     masks = {"none": {}, "padding": {"key_padding_mask": torch.rand(N, 6) < 0.5},
              "float": {"attn_mask": torch.randn(6, 6)}}[mask]
     with torch.no_grad():
         layer.forward_steps(x)  # the memory of a running stream is no part of the forward
+    masks["need_weights"] = weights
     compiled = bc.optimize(layer, (x,), masks)
     assert [(m.operator, m.validated) for m in compiled.report.matches] == [("attention", True)]
     for found, wanted in zip(compiled(x, **masks), layer(x, **masks), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        if wanted is None:
+            assert found is None
+        else:
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_sums_are_kept_where_they_pay_and_belong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -97,8 +98,7 @@ class ContinualAttention(SequenceAttention):
         if mode == "forward":
             return super().__call__(*args, **kwargs)
         # nn.Module runs the hooks around `self.forward`: give it this layer with another forward
-        view: Any = object.__new__(type(type(self).__name__, (type(self),), {
-            "forward": getattr(type(self), mode), "__call__": nn.Module.__call__}))
+        view: Any = object.__new__(_with_forward(type(self), mode))  # type: ignore[arg-type]
         object.__setattr__(view, "__dict__", self.__dict__)
         return view(*args, **kwargs)
 
@@ -370,6 +370,12 @@ class ContinualAttention(SequenceAttention):
         return self._lay_out_step(torch.where(answers, self._merge(mixed), math.nan))
 
 
+@functools.cache
+def _with_forward(layer: type[ContinualAttention], mode: str) -> type[ContinualAttention]:
+    return type(layer.__name__, (layer,), {"forward": getattr(layer, mode),
+                                           "__call__": nn.Module.__call__})
+
+
 def _buffer(field: str) -> str:
     """The name of the buffer that holds a field of the state."""
     return f"ring_{field}"
@@ -377,9 +383,9 @@ def _buffer(field: str) -> str:
 
 def _writable(state: StreamState, token: Token) -> bool:
     """Whether the rings may be written in place: autograd, if it records, needs the old ones."""
-    rings, projected = (state.query, state.key, state.value), (token.query, token.key, token.value)
-    if any(x.requires_grad for x in rings):
-        return False
-    if torch.is_grad_enabled() and any(x.requires_grad for x in projected):
+    def any_records(tensors: StreamState | Token) -> bool:
+        return any(x is not None and x.requires_grad for x in tensors)
+
+    if any_records(state) or (torch.is_grad_enabled() and any_records(token)):
         return False
     return torch.is_inference_mode_enabled() or not state.key.is_inference()

@@ -18,11 +18,15 @@ class RetroactiveMultiheadAttention(ContinualAttention):
 
     `forward` takes whole sequences as `nn.MultiheadAttention` does. `forward_step` takes one token
     of each stream and gives what `forward` gives on the last sequence_len tokens, all their
-    outputs: queries, keys and values are projected once and kept in rings. A window of 256 tokens
-    or more is kept as sums that each token extends, O(S E) a step beside the output projection,
-    where the batch has one clock, no gradient is recorded and no attn_mask is given; else it is
-    attended anew from the rings. Nothing is ever subtracted, so no error adds up and no score
-    overflows. Each stream of the batch has its own clock (see `clean_state`).
+    outputs: queries, keys and values are projected once and kept in rings. Nothing is ever
+    subtracted, so no error adds up and no score overflows. Each stream of the batch has its own
+    clock (see `clean_state`).
+
+    A window of S >= 256 tokens is also kept as sums, in S^1.5 E numbers a stream, which a token
+    extends in S^1.5 E instead of S^2 E operations (the output projection, S E^2, comes on top);
+    once in S steps they are begun anew, in S^2 E. This holds where all streams of the batch have
+    one clock, no gradient is recorded, no attn_mask is given, and S has a divisor near its root;
+    else the window is attended anew from the rings.
 
     Args:
         embed_dim: features of queries and of the output.
@@ -100,6 +104,11 @@ class RetroactiveMultiheadAttention(ContinualAttention):
             8
         """
         return cls._copied(module, sequence_len=sequence_len, **options)
+
+    def _keep(self, state: StreamState | None) -> None:
+        if state is None:
+            self._stacks = TwoStacks()  # a stream that has ended leaves no sums behind
+        super()._keep(state)
 
     def _query_slots(self) -> int:
         return self.sequence_len

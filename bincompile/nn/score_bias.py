@@ -70,9 +70,8 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     query = query * query.shape[-1]**-0.5
     scores, sees = query @ key.mT, None
     if bias is not None:
-        if sinks is None:  # a row that sees nothing is left unmasked here, or it were NaN
-            sees = (bias != -math.inf).any(-1, keepdim=True)
-            bias = torch.where(sees, bias, 0.0)
+        if sinks is None:
+            bias, sees = _seeing(bias)
         scores = scores + bias
     if sinks is not None:
         scores = torch.cat([scores, query @ sinks[0].mT], -1)
@@ -85,3 +84,19 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     if sees is None:
         return mixed, weights
     return mixed.masked_fill(~sees, 0.0), weights.masked_fill(~sees, 0.0)
+
+
+def attend_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                 bias: torch.Tensor | None, dropout: float = 0.0) -> torch.Tensor:
+    """What `attend` mixes, by torch's fused operator, which keeps no weights."""
+    if bias is None:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+    bias, sees = _seeing(bias)
+    mixed = F.scaled_dot_product_attention(query, key, value, bias, dropout)
+    return mixed.masked_fill(~sees, 0.0)
+
+
+def _seeing(bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bias with no row of -inf alone, whose softmax were NaN, and where rows see a key."""
+    sees = (bias != -math.inf).any(-1, keepdim=True)
+    return torch.where(sees, bias, 0.0), sees

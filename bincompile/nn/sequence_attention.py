@@ -110,7 +110,8 @@ class SequenceAttention(nn.MultiheadAttention):
                 key_padding_mask, (batch, keys), sequences[0].dtype)[:, None, None])
         if rows != slice(None):
             sequences = (sequences[0][:, rows], *sequences[1:])
-        mixed, weights = self._attend_sequences(sequences, bias, need_weights)
+        mixed, weights = self._attend_sequences(
+            sequences, bias, need_weights and self.forward_returns_attn_mask)
         output = self._merge(mixed).permute(self._layout.outward)
         if not self.forward_returns_attn_mask:
             return output
@@ -126,8 +127,9 @@ class SequenceAttention(nn.MultiheadAttention):
             key, value = (torch.cat([x, s.expand(x.shape[0], -1, -1, -1)], 2)
                           for x, s in zip((key, value), sinks, strict=True))
             bias = bias if bias is None else F.pad(bias, (0, sinks[0].shape[2]))
-        mixed, weights = score_bias.attend(query, key, value, bias, self._drop)
-        return mixed, weights if need_weights else None
+        if need_weights:
+            return score_bias.attend(query, key, value, bias, self._drop)
+        return score_bias.attend_fused(query, key, value, bias, self._drop), None
 
     def _read_sequences(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                         ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -96,6 +96,9 @@ class TwoStacks:
         self._front: Sums
         self._back: Sums
 
+    def __reduce__(self) -> tuple[type[TwoStacks], tuple[()]]:
+        return TwoStacks, ()  # a copy belongs to other rings
+
     def fits(self, before: torch.Tensor, state: StreamState) -> bool:
         """Whether the streams of a state can be answered here."""
         slots = state.key.shape[2]
