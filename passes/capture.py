@@ -161,7 +161,7 @@ def _structure_of_result(model: nn.Module, flat: list[Any],
 
 
 def check_model(model: Any) -> None:
-    """Raise unless this is a model in eval mode."""
+    """Raise unless this is a model in eval mode, all of whose layers are ready."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"a model of type {type(model).__name__}",
                              "nn.Module, fx.GraphModule or torch.export.ExportedProgram",
@@ -170,6 +170,10 @@ def check_model(model: Any) -> None:
     if training is not None:
         raise ConfigError(f"{training} is in training mode", "a model in eval mode",
                           "call model.eval() before optimize")
+    for module in model.modules():
+        check = getattr(type(module), "check_before_capture", None)  # of layers that may not be
+        if check is not None:  # called before they are ready, or the call would change them
+            check(module)
 
 
 class _Flat(nn.Module):

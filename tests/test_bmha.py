@@ -17,7 +17,10 @@ B, L, S, H, DIM, HIDDEN = 3, 5, 7, 3, 10, 12
 # B == H is the case in which a mask of samples could be taken for a mask of heads.
 BAD = [
     {"hidden_dim": 10}, {"num_heads": 0}, {"input_dim": 2.5}, {"dropout": 1.0}, {"dropout": -0.1},
-    {"dropout": False}, {"attention": "binary"}, {"attention": "none"}, {"compat": "bitorch"},
+    {"dropout": False}, {"attention": "none"}, {"compat": "engine"}, {"probabilities": "int8"},
+    {"values": "binary"}, {"attention": "binary", "probabilities": "int4"},
+    {"attention": "binary", "values": "int8"}, {"compat": "bitorch", "attention": "binary"},
+    {"compat": "bitorch", "bias": True},
     {"bias": None}, {"dtype": torch.int64}, {"dtype": None, "hidden_dim": 13},
 ]
 KEEP_SHAPES = [(B, S), (1, S), (B, 1, S), (1, 1, S), (B, L, S), (1, L, S), (B, H, L, S),
@@ -93,7 +96,7 @@ def test_key_and_value_default_to_the_input() -> None:
 
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_a_query_that_sees_nothing_gives_zeros_and_finite_gradients(
+def test_B2_a_query_that_sees_nothing_gives_zeros_and_finite_gradients(
         additive: bool, need_weights: bool) -> None:
     layer, x = attention_layer(), torch.randn(B, L, DIM, dtype=torch.float64, requires_grad=True)
     kept = torch.ones(B, L, L, dtype=torch.bool)
@@ -166,13 +169,7 @@ def test_a_wrong_argument_is_named(bad: dict[str, Any]) -> None:
     assert "argument" in error.change or "leave" in error.change
 
 
-@pytest.mark.parametrize("planned", [{"compat": "bitorch"}, {"attention": "binary"}])
-def test_what_is_planned_says_so(planned: dict[str, str]) -> None:
-    with pytest.raises(bc.ConfigError, match="not available yet"):
-        BMHA(4, 4, 2, **planned)
-
-
-def test_a_mask_of_keys_is_read_by_sample_even_when_batch_equals_heads() -> None:
+def test_B1_a_mask_of_keys_is_read_by_sample_even_when_batch_equals_heads() -> None:
     layer, x = attention_layer(), torch.randn(B, L, DIM, dtype=torch.float64)
     kept = torch.ones(B, L, dtype=torch.bool)
     kept[1, 2:] = False
@@ -182,7 +179,7 @@ def test_a_mask_of_keys_is_read_by_sample_even_when_batch_equals_heads() -> None
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("additive", [False, True])
-def test_masks_work_in_half_precision(dtype: torch.dtype, additive: bool) -> None:
+def test_B2_masks_work_in_half_precision(dtype: torch.dtype, additive: bool) -> None:
     layer = BMHA(DIM, HIDDEN, H, dtype).eval()
     x, kept = torch.randn(B, L, DIM).to(dtype), torch.rand(B, L) > 0.3
     mask = torch.where(kept, 0.0, -math.inf) if additive else kept
@@ -195,7 +192,7 @@ def test_masks_work_in_half_precision(dtype: torch.dtype, additive: bool) -> Non
     assert output.isfinite().all()
 
 
-def test_dropout_is_an_argument_and_no_other_is_swallowed() -> None:
+def test_B3_dropout_is_an_argument_and_no_other_is_swallowed() -> None:
     assert BMHA(8, 8, 2, dropout=0.4).dropout.p == 0.4
     for extra in ({"drop": 0.1}, {"causal": True}):
         with pytest.raises(TypeError, match=next(iter(extra))):
@@ -204,7 +201,7 @@ def test_dropout_is_an_argument_and_no_other_is_swallowed() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_dropout_acts_in_training_and_weights_are_those_before_it(
+def test_B4_dropout_acts_in_training_and_weights_are_those_before_it(
         masked: bool, need_weights: bool) -> None:
     layer, x = BMHA(8, 8, 2, dropout=0.5).train(), torch.randn(2, 6, 8)
     mask = torch.ones(2, 6).bool() if masked else None
@@ -216,7 +213,7 @@ def test_dropout_acts_in_training_and_weights_are_those_before_it(
     assert torch.equal(*(layer(x, mask, need_weights=need_weights)[0] for _ in range(2)))
 
 
-def test_other_keys_a_bias_and_an_output_without_weights() -> None:
+def test_B5_other_keys_a_bias_and_an_output_without_weights() -> None:
     layer, (query, key, value) = attention_layer(bias=True), inputs()
     assert {name for name, _ in layer.named_parameters() if name.endswith("bias")} == {
         f"{part}.bias" for part in ("q_linear", "k_linear", "v_linear", "out")}
@@ -224,7 +221,7 @@ def test_other_keys_a_bias_and_an_output_without_weights() -> None:
     assert output.shape == (B, L, DIM) and weights.shape == (B, H, L, S)
 
 
-def test_parameters_are_floats_that_can_be_trained() -> None:
+def test_B10_parameters_are_floats_that_can_be_trained() -> None:
     layer = BMHA(8, 8, 2, bias=True).eval()
     assert all(p.is_floating_point() and p.requires_grad for p in layer.parameters())
     assert not list(layer.buffers())
@@ -232,7 +229,7 @@ def test_parameters_are_floats_that_can_be_trained() -> None:
     assert all(p.grad is not None for p in layer.parameters())
 
 
-def test_inputs_need_not_be_contiguous() -> None:
+def test_B15_inputs_need_not_be_contiguous() -> None:
     layer, x = attention_layer(), torch.randn(L, DIM, B, dtype=torch.float64).permute(2, 0, 1)
     assert not x.is_contiguous()
     assert torch.equal(layer(x)[0], layer(x.contiguous())[0])

@@ -116,6 +116,31 @@ def attention(query, key, value, bias, mask, scale, fill, causal, masked_row, ne
     return (out, weights) if need_weights else (out,)
 
 
+def binary_attention(query, key, value, bias, mask, drop, threshold, scale, causal,
+                     probabilities, values, need_weights):
+    """Binary attention, its float counts from the formula of attention."""
+    rows = [fake_binary_rows(x, 1) for x in (query, key)]
+    shown = fake_binary_rows(value, 1) if values == "binary" else value
+    eye = torch.eye(key.shape[-2], dtype=torch.float64).expand(*key.shape[:-1], -1)
+    if not key.shape[-2]:
+        weights = query.new_zeros(*query.shape[:-1], 0)
+    else:
+        weights = attention(*rows, eye, bias, mask, scale, None, causal, "zero", False)[0]
+    powers = weights / weights.amax(-1, keepdim=True) if weights.numel() else weights
+    powers = powers.nan_to_num()
+    if probabilities != "float":
+        counts = (powers * 127).round() if probabilities == "int8" else (
+            (powers >= threshold.clamp(max=1.0)[:, None, None]) & (powers > 0)).double()
+        weights = (counts / counts.sum(-1, keepdim=True)).nan_to_num()
+    out = (weights if drop is None else weights * drop) @ shown
+    return (out, weights) if need_weights else (out,)
+
+
+def fake_bitorch_linear(x, weight, scale_a, scale_w, shift):
+    signs = torch.where(weight >= 0, 1.0, -1.0).double()
+    return linear(x, signs, scale_w, None, "binary", scale_a, shift)
+
+
 def embedding(table, indices):
     out = table.new_empty(indices.numel(), table.shape[1])
     for place, index in enumerate(indices.flatten().tolist()):
@@ -190,8 +215,9 @@ def pack_signs(x):
 
 
 FORMULAS = {f.__name__: f for f in (
-    attention, binary_embedding, binary_embedding_bag, binary_linear, embedding, embedding_bag,
-    fake_binary_linear, fake_binary_rows, fake_signs, pack_bases, pack_signs)}
+    attention, binary_attention, binary_embedding, binary_embedding_bag, binary_linear, embedding,
+    embedding_bag, fake_binary_linear, fake_binary_rows, fake_bitorch_linear, fake_signs,
+    pack_bases, pack_signs)}
 
 
 def test_every_operator_has_an_independent_formula() -> None:

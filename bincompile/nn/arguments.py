@@ -22,15 +22,12 @@ def flag(layer: str, name: str, value: object) -> bool:
     return value
 
 
-def choice(layer: str, name: str, value: object, allowed: tuple[str, ...],
-           planned: tuple[str, ...] = ()) -> str:
-    """One of the allowed strings; those in `planned` are known but not there yet."""
+def choice(layer: str, name: str, value: object, allowed: tuple[str, ...]) -> str:
+    """One of the allowed strings."""
     if isinstance(value, str) and value in allowed:
         return value
-    found = f"{layer}({name}={value!r})"
-    if isinstance(value, str) and value in planned:
-        found += ", which is not available yet"
-    raise ConfigError(found, " or ".join(map(repr, allowed)), f"the {name} argument")
+    raise ConfigError(f"{layer}({name}={value!r})", " or ".join(map(repr, allowed)),
+                      f"the {name} argument")
 
 
 def probability(layer: str, name: str, value: object) -> float:
@@ -50,11 +47,20 @@ def float_dtype(layer: str, value: object) -> torch.dtype:
     return dtype
 
 
-def compat(layer: str, value: object) -> None:
-    """None; the formulas of bitorch-engine are planned."""
+def compat(layer: str, value: object) -> str | None:
+    """None, or the name of the package whose formulas a layer keeps."""
     if value is None:
-        return
-    found = f"{layer}(compat={value!r})"
-    if value == "bitorch":
-        found += ", which is not available yet"
-    raise ConfigError(found, "None", "leave the compat argument out")
+        return None
+    if isinstance(value, str) and value == "bitorch":
+        return value
+    raise ConfigError(f"{layer}(compat={value!r})", "None or 'bitorch'", "the compat argument")
+
+
+def without(layer: str, reason: str, **given: object) -> None:
+    """Raise for the first option that differs from what `reason` allows, given as name=(found,
+    allowed)."""
+    for name, pair in given.items():
+        found, allowed = pair  # type: ignore[misc]
+        if found != allowed:
+            raise ConfigError(f"{layer}({name}={found!r}) with {reason}", f"{name}={allowed!r}",
+                              f"the {name} argument")

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from bincompile.errors import ConfigError, InputError, InputTypeError
-from bincompile.nn import arguments
+from bincompile.nn import arguments, bitorch
 from bincompile.ops.binary_linear import ACTIVATIONS
 from bincompile.ops.fake_binary_linear import fake_binary_linear
+from bincompile.ops.fake_bitorch_linear import fake_bitorch_linear
 
 SCALES = ("row", "tensor")
 _SCALE_KEY = "calibrated_scale"
@@ -33,7 +34,9 @@ class BinaryLinear(nn.Module):
         activation_scale: "row" (from each row as it comes) or "tensor" (see `calibrate`).
         weight_scale: "row" (one per output) or "tensor" (one for the matrix).
         shift: learn a (K,) vector that is added to the input before its sign is taken.
-        compat: None; the formulas of bitorch-engine are not available yet.
+        compat: "bitorch" keeps the formulas and the state dict of bitorch-engine's layer, see
+            below; it leaves no choice of bias, activation, scales or shift.
+        symmetric: with compat="bitorch", the first scale is 2 mean |x|; if False, 4 mean |x|.
         device: where the parameters are made.
         dtype: float dtype of the parameters.
 
@@ -47,6 +50,16 @@ class BinaryLinear(nn.Module):
         InputTypeError: an input that is not of a float dtype.
 
     Gradients are straight-through: a sign's gradient passes where |x + shift| <= 2 s(x).
+
+    With compat="bitorch", y = (scale_a * scale_w) * (sign(x + bias_a) @ sign(W)^T). scale_a, which
+    is learned, is set from the first batch, in training or not, before bias_a is added; a batch of
+    zeros leaves it unset. `calibrate` and `load_state_dict` set it too, and one of these has to
+    come before an export. scale_w is 1 until `prepare_params`. State dicts hold weight, bias_a,
+    scale_a and scale_w; the engine's int8 weights and its qweight (uint8 or int8) load. Where the
+    engine crashes, gives nan or contradicts itself we don't follow: weights without a positive
+    value after centring, any K, any float dtype with one rounding at the end, sign(0) = +1 in the
+    gradient too, a gradient of scale_a that is not clipped, and float gradients of the weight.
+    The gradient of a sign then passes where |x + bias_a| <= |scale_a|.
 
     Source: XNOR-Net (arXiv:1603.05279) and the straight-through estimator (arXiv:1308.3432).
 
@@ -63,11 +76,12 @@ class BinaryLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: bool = False, *,
                  activation: str = "binary", activation_scale: str = "row",
                  weight_scale: str = "row", shift: bool = False, compat: str | None = None,
-                 device: torch.device | str | None = None,
+                 symmetric: bool = True, device: torch.device | str | None = None,
                  dtype: torch.dtype | None = None) -> None:
         super().__init__()
         name = type(self).__name__
-        arguments.compat(name, compat)
+        self.compat = arguments.compat(name, compat)
+        self.symmetric = arguments.flag(name, "symmetric", symmetric)
         self.in_features = arguments.size(name, "in_features", in_features)
         self.out_features = arguments.size(name, "out_features", out_features)
         self.activation = arguments.choice(name, "activation", activation, ACTIVATIONS)
@@ -77,20 +91,33 @@ class BinaryLinear(nn.Module):
             raise ConfigError(f"{name}(activation='float', activation_scale='tensor')",
                               "a stored scale only with activation='binary'",
                               "leave activation_scale out: float activations have no scale")
-        dtype = arguments.float_dtype(name, dtype)
-
-        def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
-
-        self.weight = nn.Parameter(
-            torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.bias = parameter(arguments.flag(name, "bias", bias), out_features)
-        self.shift = parameter(arguments.flag(name, "shift", shift), in_features)
-        self.register_parameter(_SCALE_KEY, None)
+        if compat is None:
+            arguments.without(name, "compat=None", symmetric=(symmetric, True))
+        else:
+            arguments.without(name, "compat='bitorch'", bias=(bias, False),
+                              activation=(activation, "binary"))
+            self.activation_scale = self.weight_scale = "tensor"
+        self._make_parameters(arguments.flag(name, "bias", bias),
+                              arguments.flag(name, "shift", shift),
+                              {"device": device, "dtype": arguments.float_dtype(name, dtype)})
         self.reset_parameters()
 
+    def _make_parameters(self, bias: bool, shift: bool, options: dict[str, Any]) -> None:
+        def parameter(wanted: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape, **options)) if wanted else None
+
+        engine = self.compat == "bitorch"
+        self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features, **options))
+        self.bias = parameter(bias, self.out_features)
+        self.shift = parameter(shift and not engine, self.in_features)
+        self.register_parameter(_SCALE_KEY, None)
+        if engine:
+            self.bias_a = nn.Parameter(torch.empty(self.in_features, **options))
+            self.scale_a = nn.Parameter(torch.empty((), **options))
+            self.register_buffer("scale_w", torch.empty((), **options))
+
     def reset_parameters(self) -> None:
-        """Fresh random weights, a zero shift; a calibrated scale is forgotten."""
+        """Fresh random weights, a zero shift; a scale that was set is forgotten."""
         bound = 1.0 / math.sqrt(self.in_features)
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -98,15 +125,75 @@ class BinaryLinear(nn.Module):
         if self.shift is not None:
             nn.init.zeros_(self.shift)
         self.calibrated_scale = None
+        self._has_first_scale = False
+        if self.compat == "bitorch":
+            nn.init.zeros_(self.bias_a)
+            nn.init.zeros_(self.scale_a)
+            nn.init.ones_(self.scale_w)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., out_features)."""
+        if self.compat == "bitorch":
+            if not self._has_first_scale:
+                self._take_first_scale(x)
+            return fake_bitorch_linear.overload(x, self.weight, self.scale_a, self.scale_w,
+                                                self.bias_a)
         if self.activation_scale == "tensor" and self.calibrated_scale is None:
             raise ConfigError(f"{type(self).__name__}(activation_scale='tensor') without a scale",
                               "a forward after calibrate(loader) or load_state_dict",
                               "call layer.calibrate(loader) first, or use activation_scale='row'")
         return fake_binary_linear.overload(x, self.weight, self._row_scales(), self.bias,
                                            self.activation, self.calibrated_scale, self.shift)
+
+    @torch.no_grad()
+    def _take_first_scale(self, x: torch.Tensor) -> None:
+        """Set scale_a from a batch, unless it is set already; zeros set nothing."""
+        if torch.compiler.is_compiling():
+            self.check_before_capture()
+        if not self.scale_a.is_nonzero() and x.numel():
+            self._store_first_scale(x.abs().mean())
+        self._has_first_scale = bool(self.scale_a.is_nonzero())
+
+    def _store_first_scale(self, mean: torch.Tensor) -> None:
+        scale = (2 if self.symmetric else 4) * mean
+        if not scale.isfinite():
+            raise InputError("NaN or infinity in the batch that sets scale_a", "finite inputs",
+                             "the first input of the layer, or calibrate it before")
+        self.scale_a.copy_(scale)
+
+    def check_before_capture(self) -> None:
+        """Raise if a forward would still change the layer, as none may in a graph.
+
+        Raises:
+            ConfigError: compat="bitorch", and no scale yet.
+        """
+        if self.compat == "bitorch" and not self._has_first_scale:
+            raise ConfigError(f"{type(self).__name__}(compat='bitorch') without a scale_a",
+                              "a layer that is exported after its scale is set",
+                              "call it once on data, or calibrate(loader), or load_state_dict")
+
+    @torch.no_grad()
+    def prepare_params(self) -> None:
+        """Make the engine's 8-bit weight and scale_w from a float weight, as it does before it
+        trains: once, after the float weight is there.
+
+        Raises:
+            ConfigError: a layer without compat="bitorch", whose scales follow the weight.
+
+        Example:
+            >>> layer = BinaryLinear(4, 1, compat="bitorch")
+            >>> with torch.no_grad():
+            ...     _ = layer.weight.copy_(torch.tensor([[-10.0, -1.0, 1.0, 2.0]]))
+            >>> layer.prepare_params()
+            >>> layer.weight.tolist(), layer.scale_w.item()
+            ([[-127.0, 32.0, 95.0, 127.0]], 3.5)
+        """
+        if self.compat != "bitorch":
+            raise ConfigError("prepare_params with compat=None", "compat='bitorch'",
+                              "leave the call out: scales follow the weight")
+        weight, scale = bitorch.prepare_weight(self.weight)
+        self.weight.copy_(weight)
+        self.scale_w.copy_(scale)
 
     def _row_scales(self) -> torch.Tensor:
         """Mean |W|: (out_features,), or (1,) for the whole matrix, in float32 or wider."""
@@ -118,6 +205,8 @@ class BinaryLinear(nn.Module):
     @torch.no_grad()
     def calibrate(self, loader: Iterable[Any]) -> BinaryLinear:
         """Store the mean |x + shift| over inputs of this layer as its activation scale.
+
+        With compat="bitorch" it sets scale_a, to 2 or 4 times the mean |x|.
 
         The scale becomes a parameter, so calibrate before the optimizer is made.
 
@@ -151,7 +240,11 @@ class BinaryLinear(nn.Module):
                      else "NaN or infinity in the data")
             raise InputError(f"calibrate found {found}", "finite inputs that are not all zero",
                              "the loader given to calibrate")
-        self.calibrated_scale = nn.Parameter(self.weight.new_tensor(total / count))
+        if self.compat == "bitorch":
+            self._store_first_scale(torch.tensor(total / count))
+            self._has_first_scale = True
+        else:
+            self.calibrated_scale = nn.Parameter(self.weight.new_tensor(total / count))
         return self
 
     def _calibration_input(self, batch: Any) -> torch.Tensor:
@@ -171,7 +264,8 @@ class BinaryLinear(nn.Module):
 
         Args:
             linear: copied, not changed.
-            options: keyword options of the constructor, e.g. `activation="float"`.
+            options: keyword options of the constructor, e.g. `activation="float"`. With
+                compat="bitorch" the weight is prepared too, as by `prepare_params`.
 
         Raises:
             InputTypeError: not an `nn.Linear`.
@@ -189,15 +283,22 @@ class BinaryLinear(nn.Module):
             layer.weight.copy_(linear.weight)
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
+        if layer.compat == "bitorch":
+            layer.prepare_params()
         return layer.train(linear.training)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        engine, errors = self.compat == "bitorch", rest[-1]
+        errors += (bitorch.read_weight(state_dict, prefix, self.weight.shape, self.weight.dtype)
+                   if engine else bitorch.unread_keys(state_dict, prefix))
         stored = state_dict.get(prefix + _SCALE_KEY)
-        if stored is not None and self.activation_scale == "tensor" \
+        if stored is not None and self.activation_scale == "tensor" and not engine \
                 and self.calibrated_scale is None:
             self.calibrated_scale = nn.Parameter(torch.empty_like(stored, dtype=self.weight.dtype,
                                                                   device=self.weight.device))
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if engine:
+            self._has_first_scale = not self.scale_a.is_meta and bool(self.scale_a.is_nonzero())
 
     def extra_repr(self) -> str:
         """The sizes, and every option that is not at its default."""
@@ -205,4 +306,6 @@ class BinaryLinear(nn.Module):
                  f"bias={self.bias is not None}", f"activation={self.activation!r}"]
         parts += [f"{name}='tensor'" for name in ("activation_scale", "weight_scale")
                   if getattr(self, name) == "tensor"]
-        return ", ".join(parts + ["shift=True"] * (self.shift is not None))
+        parts += ["shift=True"] * (self.shift is not None)
+        parts += ["compat='bitorch'"] * (self.compat == "bitorch")
+        return ", ".join(parts + ["symmetric=False"] * (not self.symmetric))

@@ -11,14 +11,16 @@ from torch.nn import functional as F
 from bincompile.errors import ConfigError, InputError, InputTypeError
 from bincompile.nn import arguments
 from bincompile.nn.binary_linear import BinaryLinear
+from bincompile.ops.binary_attention import PROBABILITIES, VALUES, binary_attention
 
 _MASK_SHAPES = "(B, S), (B, 1, S), (B, L, S) or (B, H, L, S), with 1 for any of B, H and L"
 
+_DROPPED = -1e9  # the score of a dropped key in bitorch-engine
 _AXES_TO_ADD = {2: (slice(None), None, None), 3: (slice(None), None), 4: ()}  # to (B, H, L, S)
 
 
 class BMHA(nn.Module):
-    """Multi-head attention with `BinaryLinear` projections and full-precision scores.
+    """Multi-head attention with `BinaryLinear` projections, and scores of floats or of bits.
 
     Args:
         input_dim: features of the input and of the output.
@@ -26,16 +28,29 @@ class BMHA(nn.Module):
         num_heads: a divisor of hidden_dim.
         dtype: float dtype of the parameters.
         dropout: probability of dropping an attention weight, in training only.
-        attention: "float"; "binary" (1-bit scores) is not available yet.
+        attention: "float", or "binary": query and key of each head are sign(x) * mean |x| of
+            their row, so a score is s(q) s(k) (D - 2 popcount) / sqrt(D).
+        probabilities: with binary attention, of e = exp(score - largest score of the row):
+            "float", e / sum(e), which is softmax; "int8", c / sum(c) with c = round(127 e);
+            "binary", c / sum(c) with c = 1 where e >= a learned threshold of the head, else 0
+            (at first 0.5; the largest score is always kept).
+        values: with binary attention, "float", or "binary": sign(v) * mean |v| of each row.
         bias: give the projections a bias.
-        compat: None; the formulas of bitorch-engine are not available yet.
+        compat: "bitorch": the engine's projections (see `BinaryLinear`) and its attention. Masks
+            of any dtype then drop keys where they are 0, with a score of -1e9, so that a query
+            without keys attends to all alike; the weights that it returns are those after
+            dropout. Unlike the engine's, a mask (B, S) is one of samples also where B == H.
         device: where the parameters are made.
 
     Raises:
         ConfigError (a ValueError): an argument of the wrong kind, or hidden_dim % num_heads != 0.
 
+    Gradients of binary attention are straight-through, see `ops/binary_attention.py`.
+
     Source: Attention Is All You Need (arXiv:1706.03762); projections of XNOR-Net
-    (arXiv:1603.05279). Parameter names follow bitorch_engine's BMHA.
+    (arXiv:1603.05279); 1-bit queries and keys of BinaryAttention (arXiv:2603.09582), {0, 1}
+    probabilities of BiT (arXiv:2205.13016), here relative to the row's largest. Parameter names
+    follow bitorch_engine's BMHA.
 
     Example:
         >>> layer = BMHA(input_dim=8, hidden_dim=16, num_heads=4).eval()
@@ -46,12 +61,21 @@ class BMHA(nn.Module):
 
     def __init__(self, input_dim: int, hidden_dim: int, num_heads: int,
                  dtype: torch.dtype = torch.float32, *, dropout: float = 0.1,
-                 attention: str = "float", bias: bool = False, compat: str | None = None,
+                 attention: str = "float", probabilities: str = "float", values: str = "float",
+                 bias: bool = False, compat: str | None = None,
                  device: torch.device | str | None = None) -> None:
         super().__init__()
         name = type(self).__name__
-        arguments.compat(name, compat)
-        arguments.choice(name, "attention", attention, ("float",), planned=("binary",))
+        self.compat = arguments.compat(name, compat)
+        self.attention = arguments.choice(name, "attention", attention, ("float", "binary"))
+        self.probabilities = arguments.choice(name, "probabilities", probabilities, PROBABILITIES)
+        self.values = arguments.choice(name, "values", values, VALUES)
+        if compat is not None:
+            arguments.without(name, "compat='bitorch'", attention=(attention, "float"),
+                              bias=(bias, False))
+        if attention == "float":
+            arguments.without(name, "attention='float'", values=(values, "float"),
+                              probabilities=(probabilities, "float"))
         self.input_dim = arguments.size(name, "input_dim", input_dim)
         self.hidden_dim = arguments.size(name, "hidden_dim", hidden_dim)
         self.num_heads = arguments.size(name, "num_heads", num_heads)
@@ -64,13 +88,16 @@ class BMHA(nn.Module):
 
         def projection(inputs: int, outputs: int) -> BinaryLinear:
             return BinaryLinear(inputs, outputs, arguments.flag(name, "bias", bias),
-                                device=device, dtype=self.dtype)
+                                compat=compat, device=device, dtype=self.dtype)
 
         self.q_linear = projection(input_dim, hidden_dim)
         self.v_linear = projection(input_dim, hidden_dim)
         self.k_linear = projection(input_dim, hidden_dim)
         self.dropout = nn.Dropout(arguments.probability(name, "dropout", dropout))
         self.out = projection(hidden_dim, input_dim)
+        self.threshold = (nn.Parameter(torch.full((num_heads,), 0.5, device=device,
+                                                  dtype=self.dtype))
+                          if probabilities == "binary" else None)
 
     def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None, *,
                 key: torch.Tensor | None = None, value: torch.Tensor | None = None,
@@ -92,7 +119,8 @@ class BMHA(nn.Module):
 
         Returns:
             Output (B, L, input_dim), and the weights (B, H, L, S) before dropout, or None without
-            need_weights. A query that sees no key has weights of zero.
+            need_weights. A query that sees no key has weights of zero. With compat="bitorch"
+            the weights are after dropout, and those of such a query all alike.
 
         Raises:
             InputError: a wrong shape.
@@ -103,12 +131,18 @@ class BMHA(nn.Module):
         _check_inputs(hidden_states, key, value, self.input_dim)
         query, key, value = (self._heads(project(x)) for project, x in (
             (self.q_linear, hidden_states), (self.k_linear, key), (self.v_linear, value)))
-        bias, keep = self._read_mask(mask, query, key)
-        if need_weights:
-            mixed, weights = self._attend(query, key, value, bias, keep, causal)
+        if self.compat == "bitorch":
+            mixed, weights = self._attend_as_engine(query, key, value, mask, causal)
         else:
-            mixed, weights = self._attend_fused(query, key, value, bias, keep, causal), None
-        return self.out(mixed.transpose(1, 2).flatten(2)), weights
+            bias, keep = self._read_mask(mask, query, key)
+            if self.attention == "binary":
+                mixed, weights = self._attend_binary(query, key, value, bias, keep, causal,
+                                                     need_weights)
+            elif need_weights:
+                mixed, weights = self._attend(query, key, value, bias, keep, causal)
+            else:
+                mixed, weights = self._attend_fused(query, key, value, bias, keep, causal), None
+        return self.out(mixed.transpose(1, 2).flatten(2)), weights if need_weights else None
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """(B, L, hidden_dim) to (B, H, L, head_dim)."""
@@ -119,6 +153,15 @@ class BMHA(nn.Module):
         """The mask as (bias to add, keep), both (B, H, L, S) with ones, or None."""
         if mask is None:
             return None, None
+        wide = self._widened(mask, query, key)
+        if not mask.dtype.is_floating_point:
+            return None, wide != 0
+        keep = wide != -math.inf
+        return torch.where(keep, wide, 0.0).to(query.dtype), keep
+
+    def _widened(self, mask: torch.Tensor, query: torch.Tensor,
+                 key: torch.Tensor) -> torch.Tensor:
+        """The mask as (B, H, L, S) with ones."""
         if mask.dtype.is_complex:
             raise InputTypeError(f"mask of dtype {mask.dtype}",
                                  "bool or integer (keep where not 0), or float (added)", "the mask")
@@ -128,10 +171,7 @@ class BMHA(nn.Module):
                 n != size and n != 1 for n, size in zip(wide.shape[:3], sizes[:3], strict=True)):
             raise InputError(f"mask of shape {tuple(mask.shape)}", f"{_MASK_SHAPES}; here "
                              f"(B, H, L, S) = {tuple(map(str, sizes))}", "the mask")
-        if not mask.dtype.is_floating_point:
-            return None, wide != 0
-        keep = wide != -math.inf
-        return torch.where(keep, wide, 0.0).to(query.dtype), keep
+        return wide
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
                 bias: torch.Tensor | None, keep: torch.Tensor | None, causal: bool,
@@ -163,10 +203,37 @@ class BMHA(nn.Module):
             query, key, value, mask, self.dropout.p if self.training else 0.0,
             is_causal=causal and mask is None)
 
+    def _attend_binary(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                       bias: torch.Tensor | None, keep: torch.Tensor | None, causal: bool,
+                       need_weights: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        drop = None
+        if self.training and self.dropout.p:
+            drop = self.dropout(query.new_ones(*query.shape[:3], key.shape[2]))
+        return binary_attention.overload(
+            query, key, value, bias, keep, drop, self.threshold, self.head_dim**-0.5, causal,
+            self.probabilities, self.values, need_weights)
+
+    def _attend_as_engine(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                          mask: torch.Tensor | None, causal: bool,
+                          ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = (query @ key.mT) / math.sqrt(self.head_dim)
+        if scores.dtype == torch.float16:  # which has no -1e9
+            scores = scores.float()
+        if mask is not None:
+            scores = scores.masked_fill(self._widened(mask, query, key) == 0, _DROPPED)
+        if causal:
+            scores = scores.masked_fill(~_past(query, key), _DROPPED)
+        weights = self.dropout(torch.softmax(scores, -1).to(value.dtype))
+        return weights @ value, weights
+
     def extra_repr(self) -> str:
-        """The sizes."""
-        return (f"input_dim={self.input_dim}, hidden_dim={self.hidden_dim}, "
-                f"num_heads={self.num_heads}")
+        """The sizes, and every option that is not at its default."""
+        parts = [f"{name}={getattr(self, name)}" for name in ("input_dim", "hidden_dim",
+                                                              "num_heads")]
+        defaults = {"attention": "float", "probabilities": "float", "values": "float",
+                    "compat": None}
+        return ", ".join(parts + [f"{name}={getattr(self, name)!r}" for name, usual in
+                                  defaults.items() if getattr(self, name) != usual])
 
 
 def _check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
