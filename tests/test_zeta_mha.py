@@ -415,13 +415,13 @@ def test_z6_a_query_that_sees_nothing_gives_zeros(subln: bool, need_weights: boo
     assert all(p.grad.isfinite().all() for p in made.parameters())
 
 
-@pytest.mark.parametrize("xpos", [False, True])
+@pytest.mark.parametrize(("xpos", "biased"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("chunks", [(1,) * T, (2, 4, 1), (3, 3, 1), (6, 1), (T,)], ids=str)
 def test_z7_chunks_of_any_size_give_what_the_whole_gives(
-        chunks: tuple[int, ...], need_weights: bool, xpos: bool) -> None:
+        chunks: tuple[int, ...], need_weights: bool, xpos: bool, biased: bool) -> None:
     made, x = layer(xpos_rel_pos=xpos, xpos_scale_base=8, subln=True), tokens()
-    rel_pos = torch.randn(H, T, T, dtype=torch.float64)
+    rel_pos = torch.randn(H, T, T, dtype=torch.float64) if biased else None
     wanted, weights = made(x, x, x, is_causal=True, rel_pos=rel_pos)
     state: dict[str, Any] = {}
     end = 0
@@ -429,7 +429,7 @@ def test_z7_chunks_of_any_size_give_what_the_whole_gives(
         start, end = end, end + part.shape[1]
         found, part_weights = made(part, part, part, state, is_causal=True,
                                    need_weights=need_weights, is_first_step=start == 0,
-                                   rel_pos=rel_pos[:, start:end, :end])
+                                   rel_pos=rel_pos[:, start:end, :end] if biased else None)
         torch.testing.assert_close(found, wanted[:, start:end])
         assert state["prev_key"].shape == (B, H, end, E // H)
         if part_weights is not None:
@@ -473,6 +473,17 @@ def test_z8_a_step_copies_no_tokens_and_a_forked_state_goes_its_own_way() -> Non
         torch.testing.assert_close(found, made(again, again, again)[0][:, -2:])
     last = x[:, 8:]
     torch.testing.assert_close(made(last, last, last, state)[0], made(x, x, x)[0][:, 8:])
+
+
+@torch.no_grad()
+def test_z8_a_long_stream_moves_its_state_now_and_then() -> None:
+    made, x, state = layer(), tokens(120, 1), {}
+    found, places = [], set()
+    for part in x.split(1, 1):
+        found.append(made(part, part, part, state)[0])
+        places.add(state["prev_value"].data_ptr())
+    assert len(places) <= 6
+    torch.testing.assert_close(torch.cat(found, 1), made(x, x, x, is_causal=True)[0])
 
 
 def test_z8_a_state_passes_between_modes_and_through_a_file(tmp_path: Any) -> None:
@@ -571,14 +582,17 @@ def test_z10_no_keyword_is_swallowed() -> None:
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
-def test_z11_padding_causal_and_bias_together(need_weights: bool) -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_z11_padding_causal_and_bias_together(side: str, need_weights: bool) -> None:
     x, padding = tokens(), torch.arange(T) >= torch.tensor([[T], [4], [0]])
+    padding = padding.flip(1) if side == "left" else padding  # left: the first queries see nothing
     rel_pos = torch.randn(H, T, T, dtype=torch.float64)
     bias = whole(dropped(padding.numpy())[:, None, None] + rel_pos.numpy()
                  + dropped(np.triu(np.ones((T, T)), 1) > 0))
     made = layer(subln=True)
     found = made(x, x, x, key_padding_mask=padding, rel_pos=rel_pos, is_causal=True,
                  need_weights=need_weights)[0]
+    assert found.isfinite().all()
     np.testing.assert_allclose(array(found), formula(made, x, x, x, bias)[0], rtol=1e-9)
 
 
@@ -671,8 +685,9 @@ def test_half_precision_keeps_positions_and_finite_masks(
     made = copy.deepcopy(exact).to(dtype)
     exact.load_state_dict(made.state_dict())
     x, mask = tokens(40).to(dtype), torch.full((40, 40), -1e9).triu(1)
+    mask[20] = -1e9  # finite, though not in float16: all keys alike
     attn, weights = made(x, x, x, attn_mask=mask, need_weights=need_weights)
-    wanted = exact(x.double(), x.double(), x.double(), attn_mask=mask)
+    wanted = exact(x.double(), x.double(), x.double(), attn_mask=mask.double() * 1e21)
     assert attn.dtype == dtype
     tolerance = 60 * torch.finfo(dtype).eps
     torch.testing.assert_close(attn.double(), wanted[0], atol=tolerance, rtol=tolerance)

@@ -20,7 +20,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
            dropout: float) -> tuple[torch.Tensor, torch.Tensor | None]:
     """softmax(query @ key^T * scale + terms) @ value, and the weights.
 
-    Scores are float32 or wider. A query that sees no key has weights and a result of zero.
+    Terms are added in float32 or wider. A query that sees no key has weights and a result of zero.
 
     Args:
         query: (B, H, T, D); it stands at the end of the S keys.
@@ -58,8 +58,6 @@ def _attend_in_steps(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
                      past: torch.Tensor | None, dropout: float,
                      ) -> tuple[torch.Tensor, torch.Tensor]:
     scores = query @ key.mT
-    if scores.dtype != _wide(scores):
-        scores = scores.to(_wide(scores))
     if bias is not None:
         scores = scores + bias
     if past is not None:
@@ -80,10 +78,14 @@ def _attend_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     if keep is None and past is not None and query.shape[2] == key.shape[2]:
         return F.scaled_dot_product_attention(query, key, value, None, dropout, True, scale=scale)
     mask = past if keep is None else keep if past is None else keep & past
-    if bias is not None and mask is not None:
-        largest = torch.finfo(query.dtype).max / 2  # a finite bias stays one, and its sum too
-        mask = torch.where(mask, bias.clamp(-largest, largest), -math.inf).to(query.dtype)
-    return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
+    if bias is None or mask is None:
+        return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
+    # in float16 a bias of -1e9 were infinite, and its row one that sees nothing
+    wide = _wide(query)
+    mixed = F.scaled_dot_product_attention(
+        query.to(wide), key.to(wide), value.to(wide), torch.where(mask, bias, -math.inf), dropout,
+        scale=scale)
+    return mixed.to(value.dtype)
 
 
 def _read_terms(query: torch.Tensor, key: torch.Tensor, key_padding_mask: torch.Tensor | None,
