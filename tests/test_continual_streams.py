@@ -210,6 +210,8 @@ def bad_calls(layer: Any) -> list[tuple[Any, type, str]]:
         (lambda: layer.set_state((x, x)), InputTypeError, "state"),
         (lambda: layer.set_state(fresh._replace(key=x)), InputError, "state.key"),
         (lambda: layer.set_state(fresh._replace(clock=fresh.key)), InputTypeError, "clock"),
+        (lambda: layer.set_state(fresh._replace(key=None)), InputTypeError, "state.key"),
+        (lambda: layer.set_state(fresh._replace(clock=fresh.clock[0])), InputError, "state"),
         (lambda: layer.clean_state([N]), InputError, "rows"),
         (lambda: layer.clean_state([True]), InputError, "rows"),
         (lambda: layer(long, attn_mask=torch.ones(3, 3) > 0), InputError, "attn_mask"),

@@ -128,8 +128,10 @@ class ContinualAttention(SequenceAttention):
             (torch.Size([3, 8]), [2, 2, 2])
         """
         token, bias = self._read_step(query, key, value, attn_mask, key_padding_mask)
-        state = ring.push(self._check_state(state, token), token, in_place=False)
-        return self._answer(state, bias), state
+        state = self._check_state(state)
+        ring.check_token(state, token)
+        state = ring.push(state, token, in_place=False)
+        return self._answer(state, bias, self._answers(state.clock)), state
 
     def forward_step(self, query: torch.Tensor, key: torch.Tensor | None = None,
                      value: torch.Tensor | None = None, update_state: bool = True, *,
@@ -161,7 +163,7 @@ class ContinualAttention(SequenceAttention):
         """
         token, bias = self._read_step(query, key, value, attn_mask, key_padding_mask)
         before = self._state_for(token)
-        y, state = self._advance(before, token, bias, update_state and _writable(before, token))
+        y, state = self._advance(before, token, bias, update_state and ring.writable(before, token))
         if update_state:
             self._keep(state)
         return y
@@ -206,8 +208,8 @@ class ContinualAttention(SequenceAttention):
                                           else key_padding_mask[:, t])
             if state is None:
                 state = self._state_for(token)
-                state = ring.copy(state) if _writable(state, token) else state
-            y, state = self._advance(state, token, bias, _writable(state, token))
+                state = ring.copy(state) if ring.writable(state, token) else state
+            y, state = self._advance(state, token, bias, ring.writable(state, token))
             if y is not None:
                 outputs.append(y)
         if update_state and state is not None:
@@ -298,7 +300,8 @@ class ContinualAttention(SequenceAttention):
             x = None if state is None else state[i]
             if x is not None and x.requires_grad and not self.training:
                 x = x.detach()
-            setattr(self, _buffer(field), x)
+            if x is not getattr(self, _buffer(field)):
+                setattr(self, _buffer(field), x)
 
     def _empty(self, batch: int, like: torch.Tensor) -> StreamState:
         return ring.empty(batch, self.num_heads, self._query_slots(), self.sequence_len,
@@ -308,21 +311,12 @@ class ContinualAttention(SequenceAttention):
         state = self._state
         if state is None:
             return self._empty(token.key.shape[0], token.key.detach())
-        return self._check_state(state, token)
-
-    def _check_state(self, state: object, token: Token | None = None) -> StreamState:
-        name = type(self).__name__
-        state = ring.check(name, state, self.num_heads, self._query_slots(), self.sequence_len,
-                           self.head_dim)
-        if token is not None and token.key.shape[0] != state.key.shape[0]:
-            raise InputError(f"a step of {token.key.shape[0]} tokens for {state.key.shape[0]} "
-                             "streams", "one token for each stream of the state",
-                             "the batch, or call clean_state() to begin anew")
-        if token is not None and token.key.dtype != state.key.dtype:
-            raise InputTypeError(f"a step in {token.key.dtype} for a stream in {state.key.dtype}",
-                                 "one dtype from the first token on",
-                                 "the dtype, or call clean_state() to begin anew")
+        ring.check_token(state, token)
         return state
+
+    def _check_state(self, state: object) -> StreamState:
+        return ring.check(type(self).__name__, state, self.num_heads, self._query_slots(),
+                          self.sequence_len, self.head_dim)
 
     def _read_step(self, query: torch.Tensor, key: torch.Tensor | None,
                    value: torch.Tensor | None, attn_mask: torch.Tensor | None,
@@ -351,23 +345,26 @@ class ContinualAttention(SequenceAttention):
                  in_place: bool) -> tuple[torch.Tensor | None, StreamState]:
         before = state.clock if in_place and bias is None else None
         state = ring.push(state, token, in_place)
-        if not self._answers(state.clock).any():
+        answers = self._answers(state.clock)
+        if not answers.any():
             return None, state
-        return self._answer(state, bias, before), state
+        return self._answer(state, bias, None if answers.all() else answers, before), state
 
     def _answer(self, state: StreamState, bias: torch.Tensor | None,
-                before: torch.Tensor | None = None) -> torch.Tensor:
-        place = ring.positions(state.clock, self.sequence_len)
-        if bias is not None:
-            bias = ring.to_slots(bias, place, 3)
-            bias = bias if bias.shape[2] == 1 else ring.to_slots(bias, place, 2)
-        parts = [bias, None if state.padding is None else state.padding[:, None, None]]
-        if self.partial_window:
-            unseen = place < self.sequence_len - state.clock[:, None]
-            parts.append(score_bias.additive("unseen", unseen, state.key.dtype)[:, None, None])
-        mixed = self._mix(state, score_bias.add(*parts), self._sinks(), before)
-        answers = self._answers(state.clock)[..., None]
-        return self._lay_out_step(torch.where(answers, self._merge(mixed), math.nan))
+                answers: torch.Tensor | None, before: torch.Tensor | None = None) -> torch.Tensor:
+        """The output of a step; where `answers` is given, NaN where it is not set."""
+        parts = [None if state.padding is None else state.padding[:, None, None]]
+        if bias is not None or self.partial_window:
+            place = ring.positions(state.clock, self.sequence_len)
+            if bias is not None:
+                bias = ring.to_slots(bias, place, 3)
+                parts.append(bias if bias.shape[2] == 1 else ring.to_slots(bias, place, 2))
+            if self.partial_window:
+                unseen = place < self.sequence_len - state.clock[:, None]
+                parts.append(score_bias.additive("unseen", unseen, state.key.dtype)[:, None, None])
+        y = self._merge(self._mix(state, score_bias.add(*parts), self._sinks(), before))
+        return self._lay_out_step(y if answers is None else torch.where(
+            answers[..., None], y, math.nan))
 
 
 @functools.cache
@@ -379,13 +376,3 @@ def _with_forward(layer: type[ContinualAttention], mode: str) -> type[ContinualA
 def _buffer(field: str) -> str:
     """The name of the buffer that holds a field of the state."""
     return f"ring_{field}"
-
-
-def _writable(state: StreamState, token: Token) -> bool:
-    """Whether the rings may be written in place: autograd, if it records, needs the old ones."""
-    def any_records(tensors: StreamState | Token) -> bool:
-        return any(x is not None and x.requires_grad for x in tensors)
-
-    if any_records(state) or (torch.is_grad_enabled() and any_records(token)):
-        return False
-    return torch.is_inference_mode_enabled() or not state.key.is_inference()

@@ -55,10 +55,11 @@ def push(state: StreamState, token: Token, in_place: bool) -> StreamState:
     state whose slot was written but whose clock was not kept means the same as before.
     """
     rows = torch.arange(state.clock.shape[0], device=state.clock.device)
+    slots = {size: state.clock % size for size in {state.query.shape[2], state.key.shape[2]}}
 
     def write(ring: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
         by_slot = ring if ring.ndim == 2 else ring.transpose(1, 2)  # (N, slots, ...)
-        index = (rows, state.clock % by_slot.shape[1])
+        index = (rows, slots[by_slot.shape[1]])
         if in_place:
             by_slot.index_put_(index, item)
             return ring
@@ -128,15 +129,16 @@ def check(layer: str, state: object, heads: int, queries: int, slots: int,
         raise InputTypeError(f"a state of {type(state).__name__} for {layer}",
                              f"a StreamState {StreamState._fields}", "the state")
     state = StreamState(*state)
-    batch = state.clock.shape[0] if getattr(state.clock, "ndim", 0) else 0
+    for name, x in zip(StreamState._fields, state, strict=True):
+        if not isinstance(x, torch.Tensor) and (x is not None or name != "padding"):
+            raise InputTypeError(f"state.{name} of {type(x).__name__}", "a tensor", "the state")
+    batch = state.clock.shape[0] if state.clock.ndim else 0
     shapes: tuple[tuple[int, ...], ...] = (
         (batch, heads, queries, features), (batch, heads, slots, features),
         (batch, heads, slots, features), (batch, slots), (batch,))
     for name, x, shape in zip(StreamState._fields, state, shapes, strict=True):
-        if name == "padding" and x is None:
+        if x is None:
             continue
-        if not isinstance(x, torch.Tensor):
-            raise InputTypeError(f"state.{name} of {type(x).__name__}", "a tensor", "the state")
         wanted = torch.int64 if name == "clock" else state.key.dtype
         if x.dtype != wanted or (name != "clock" and not x.dtype.is_floating_point):
             raise InputTypeError(f"state.{name} of dtype {x.dtype}",
@@ -145,3 +147,25 @@ def check(layer: str, state: object, heads: int, queries: int, slots: int,
             raise InputError(f"state.{name} of shape {tuple(x.shape)}",
                              f"{shape} for this {layer}", "the state, or the layer's sizes")
     return state
+
+
+def check_token(state: StreamState, token: Token) -> None:
+    """Raise unless the token is one for each stream of the state."""
+    if token.key.shape[0] != state.key.shape[0]:
+        raise InputError(f"a step of {token.key.shape[0]} tokens for {state.key.shape[0]} streams",
+                         "one token for each stream of the state",
+                         "the batch, or call clean_state() to begin anew")
+    if token.key.dtype != state.key.dtype:
+        raise InputTypeError(f"a step in {token.key.dtype} for a stream in {state.key.dtype}",
+                             "one dtype from the first token on",
+                             "the dtype, or call clean_state() to begin anew")
+
+
+def writable(state: StreamState, token: Token) -> bool:
+    """Whether the rings may be written in place: autograd, if it records, needs the old ones."""
+    def any_records(tensors: StreamState | Token) -> bool:
+        return any(x is not None and x.requires_grad for x in tensors)
+
+    if any_records(state) or (torch.is_grad_enabled() and any_records(token)):
+        return False
+    return torch.is_inference_mode_enabled() or not state.key.is_inference()

@@ -75,7 +75,9 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         scores = scores + bias
     if sinks is not None:
         scores = torch.cat([scores, query @ sinks[0].mT], -1)
-    weights = F.dropout(torch.softmax(scores, -1), dropout)
+    weights = torch.softmax(scores, -1)
+    if dropout:
+        weights = F.dropout(weights, dropout)
     if sinks is None:
         mixed = weights @ value
     else:
