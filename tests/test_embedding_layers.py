@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import bincompile as bc
+from bincompile.models import minilm
 from bincompile.nn import BinaryEmbedding, BinaryEmbeddingBag, BinaryEmbeddingForward
 from bincompile.ops import bits
 
@@ -53,6 +54,13 @@ def bag_formula(layer: nn.Module, bags: list[list[int]]) -> np.ndarray:
         elif kept:
             out[number] = {"sum": np.sum, "mean": np.mean, "max": np.max}[layer.mode](kept, axis=0)
     return out
+
+
+@pytest.fixture(scope="module")
+def encoder() -> tuple[nn.Module, torch.Tensor]:
+    """A real sentence encoder and its word table; tests put another table into it."""
+    model = minilm.build()
+    return model, model.embeddings.word_embeddings.weight.detach()
 
 
 def layers_of(**options: Any) -> list[nn.Module]:
@@ -163,6 +171,17 @@ def test_the_gradient_of_masters_is_that_of_their_rows(bases: int, sparse: bool)
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_gradient_of_a_bag_of_masters_is_that_of_the_rows_in_it(mode: str) -> None:
+    layer = BinaryEmbeddingBag(8, 5, 3, mode=mode, packed=False)
+    indices, upstream = torch.tensor([[1, 3, 1], [7, 0, 2]]), torch.randn(2, 5)
+    layer(indices).backward(upstream)
+    table = torch.from_numpy(rows_of(layer.pack())).float().requires_grad_()
+    F.embedding_bag(indices, table, mode="mean" if mode == "majority" else mode,
+                    padding_idx=3).backward(upstream)
+    assert torch.equal(layer.weight.grad, table.grad)
+
+
 def test_more_bases_are_closer_and_refining_helps() -> None:
     table = torch.randn(50, 33)
     errors = []
@@ -175,6 +194,17 @@ def test_more_bases_are_closer_and_refining_helps() -> None:
     (one, one_fitted), (two, two_fitted), (three, three_fitted) = errors
     assert one_fitted == pytest.approx(one, rel=1e-6) and one > two > three
     assert two_fitted < two and three_fitted < three and three_fitted < 0.06
+
+
+@pytest.mark.parametrize(("bases", "least", "smaller"), [(1, 0.80, 28), (2, 0.945, 15),
+                                                         (3, 0.98, 10)])
+def test_a_real_word_table_keeps_its_similarities(
+        encoder: tuple[nn.Module, torch.Tensor], bases: int, least: float, smaller: int) -> None:
+    model, table = encoder
+    layer = BinaryEmbedding.from_pretrained(table, bases=bases, dtype=torch.float16)
+    model.embeddings.word_embeddings = layer
+    assert minilm.evaluate(model)["spearman"] >= least
+    assert smaller * (layer.qweight.nbytes + layer.embed_scale.nbytes) <= table.nbytes
 
 
 def test_from_pretrained_takes_signs_and_row_means() -> None:
@@ -231,7 +261,8 @@ def test_offsets_and_weights_that_do_not_fit_are_refused(packed: bool) -> None:
     one, two = torch.zeros(3, dtype=torch.int64), torch.zeros(2, 3, dtype=torch.int64)
     for layer, args, word in (
             (bag, (one,), "without offsets"), (bag, (two, one), "with offsets"),
-            (bag, (one, torch.zeros(1)), "offsets"), (mean, (two, None, torch.ones(2, 3)), "sum"),
+            (bag, (one, torch.zeros(1)), "offsets"), (bag, (one, one + 1), "start at 0"),
+            (mean, (two, None, torch.ones(2, 3)), "sum"),
             (bag, (two, None, torch.ones(3)), "weights")):
         with pytest.raises(bc.InputError, match=word):
             layer(*args)

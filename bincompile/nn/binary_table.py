@@ -135,15 +135,13 @@ class BinaryTable(nn.Module):
         if not self.packed:
             self.weight.copy_(rows)
         else:
+            wide = torch.promote_types(rows.dtype, torch.float32)
             for start in range(0, self.num_embeddings, BLOCK):
                 place = slice(start, start + BLOCK)
-                signs, scales = self._fit(rows[place])
+                signs, scales = bases.fitted(rows[place].to(wide), self.bases)
                 self.qweight[place] = bases.join(signs)
                 self.embed_scale[place] = scales
         self._clear_padding()
-
-    def _fit(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return bases.fitted(rows, self.bases)
 
     @torch.no_grad()
     def pack(self) -> Self:

@@ -40,23 +40,34 @@ def combine(signs: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def fitted(x: torch.Tensor, count: int, rounds: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
+def fitted(x: torch.Tensor, count: int, rounds: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     """Like `residual`, refined: scales by least squares, then each number to its nearest level.
 
     With one base the residual form is the best one already.
 
     Source: alternating multi-bit quantisation, arXiv:1802.00150.
     """
-    signs, scales = (t.double() for t in residual(x, count))
-    codes = bits.unpack(torch.arange(2**count, dtype=torch.uint8).unsqueeze(-1), count,
-                        torch.float64)
+    signs, scales = residual(x, count)
+    codes = bits.unpack(torch.arange(2**count, dtype=torch.uint8, device=x.device).unsqueeze(-1),
+                        count, x.dtype)
+    unit = 1e-9 * torch.eye(count, dtype=torch.float64, device=x.device)  # rows of equal bases
     for _ in range(rounds if count > 1 else 0):
-        gram = signs @ signs.mT + 1e-9 * torch.eye(count, dtype=torch.float64)
-        scales = torch.linalg.solve(gram, (signs @ x.double().unsqueeze(-1)).squeeze(-1))
-        levels = (scales @ codes.mT).unsqueeze(-2)
-        nearest = (x.double().unsqueeze(-1) - levels).abs().argmin(-1)
-        signs = codes[nearest].mT
-    return signs.to(x.dtype), scales.to(x.dtype)
+        gram = (signs @ signs.mT).double() + unit
+        scales = torch.linalg.solve(gram, (signs @ x.unsqueeze(-1)).squeeze(-1).double())
+        scales = scales.to(x.dtype)
+        signs = codes[_nearest(x, scales @ codes.mT)].mT
+    return signs, scales
+
+
+def _nearest(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Which of its row's levels (..., n) each number of x (..., D) is closest to."""
+    best = torch.zeros(x.shape, dtype=torch.int64, device=x.device)
+    least = (x - levels[..., :1]).abs()
+    for level in range(1, levels.shape[-1]):
+        distance = (x - levels[..., level:level + 1]).abs()
+        best = torch.where(distance < least, level, best)
+        least = torch.minimum(distance, least)
+    return best
 
 
 def join(signs: torch.Tensor) -> torch.Tensor:

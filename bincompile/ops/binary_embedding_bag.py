@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 
 from bincompile.errors import InputError
@@ -80,11 +82,21 @@ def check_bags(indices: torch.Tensor, offsets: torch.Tensor | None, weights: tor
     if offsets is not None and include_last_offset and offsets.shape[0] < 1:
         raise InputError("no offsets with include_last_offset=True",
                          "at least one offset, the number of indices", "the offsets")
+    if offsets is not None and not is_fake(offsets) and offsets.device.type != "meta":
+        check_bounds(offsets.tolist(), indices.shape[0])
     if weights is not None and mode != "sum":
         raise InputError(f"per-sample weights with mode={mode!r}", "mode='sum'", "the mode")
     if weights is not None and weights.shape != indices.shape:
         raise InputError(f"per-sample weights of shape {tuple(weights.shape)}",
                          f"{tuple(indices.shape)}, that of the indices", "the weights")
+
+
+def check_bounds(offsets: list[int], count: int) -> None:
+    """Raise unless the offsets start at 0, never fall, and stay within the indices."""
+    fits = all(a <= b for a, b in itertools.pairwise([0, *offsets, count]))
+    if not fits or (offsets and offsets[0]):
+        raise InputError(f"offsets {offsets[:8]}{'...' * (len(offsets) > 8)} for {count} indices",
+                         f"offsets that start at 0, never fall and end by {count}", "the offsets")
 
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
@@ -114,6 +126,9 @@ def _bad_samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample((table, two, torch.tensor([0]), scale, 8), error="rank")
     yield Sample((table, one, None, scale, 8), error="rank 1 without offsets")
     yield Sample((table, one, torch.tensor([0.0]), scale, 8), error="offsets")
+    yield Sample((table, one, torch.tensor([1, 2]), scale, 8), error="start at 0")
+    yield Sample((table, one, torch.tensor([0, 2, 1]), scale, 8), error="never fall")
+    yield Sample((table, one, torch.tensor([0, 4]), scale, 8), error="end by 3")
     yield Sample((table, two + 4, None, scale, 8), error="index 4 into a table of 4 rows")
     yield Sample((table, two, None, scale, 8, "mean", torch.ones(2, 2)), error="weights")
     yield Sample((table, two, None, scale, 8, "sum", torch.ones(2, 3)), error="weights")

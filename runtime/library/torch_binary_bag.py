@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bincompile.ops.binary_embedding_bag import MAJORITY, reduce_rows, vote
+from bincompile.ops.binary_embedding_bag import MAJORITY, check_bags, reduce_rows, vote
 from bincompile.runtime.kernels import Call, Kernel
 from bincompile.runtime.library.torch_embedding import binary_rows, binary_supports, binder
 
@@ -34,6 +34,7 @@ def _bags(table: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor | No
           row_scale: torch.Tensor, embedding_dim: int, mode: str = "mean",
           weights: torch.Tensor | None = None, include_last_offset: bool = False,
           padding_idx: int | None = None, tie: float = 1.0) -> torch.Tensor:
+    check_bags(indices, offsets, weights, mode, include_last_offset)
     reduction, parts = "mean" if mode == MAJORITY else mode, []
     for bags, places in _blocks(indices, offsets, include_last_offset, NUMBERS // embedding_dim):
         block = indices[places]
