@@ -185,6 +185,15 @@ def test_B16_B17_gradients_are_the_written_formula() -> None:
     assert layer.scale_w.grad is None and not layer.scale_w.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_layers_of_every_float_dtype_compile_to_the_same_values(dtype: torch.dtype) -> None:
+    layer, x = engine_layer(33, 6, dtype).eval(), torch.randn(4, 33, dtype=dtype)
+    wanted = layer(x)
+    compiled = bc.optimize(layer, (x,))
+    assert torch.equal(compiled(x), wanted) and wanted.dtype == dtype
+    assert [r.operator for r in compiled.report.rewrites] == ["binary_linear"]
+
+
 @pytest.mark.parametrize("kind", ["float", "int8 weight", "uint8", "int8", "both"])
 def test_state_dicts_of_the_engine_load_and_go_round_bit_for_bit(kind: str) -> None:
     layer, x = engine_layer(), torch.randn(4, 24)
@@ -301,6 +310,7 @@ def test_B4_the_weights_are_those_after_dropout_as_the_engine_returns_them() -> 
 
 def test_compat_attention_compiles_and_its_state_goes_round() -> None:
     layer, x, kept = engine_attention(), torch.randn(3, 5, 10), torch.rand(3, 5) > 0.3
+    kept[1] = False  # uniform, also when it is compiled
     with pytest.raises(bc.ConfigError, match="scale_a"):
         bc.optimize(layer, (x, kept))
     wanted = layer(x, kept)

@@ -56,11 +56,9 @@ def compat(layer: str, value: object) -> str | None:
     raise ConfigError(f"{layer}(compat={value!r})", "None or 'bitorch'", "the compat argument")
 
 
-def without(layer: str, reason: str, **given: object) -> None:
-    """Raise for the first option that differs from what `reason` allows, given as name=(found,
-    allowed)."""
-    for name, pair in given.items():
-        found, allowed = pair  # type: ignore[misc]
+def without(layer: str, reason: str, **given: tuple[object, object]) -> None:
+    """Raise for the first option, given as name=(found, allowed), that `reason` does not allow."""
+    for name, (found, allowed) in given.items():
         if found != allowed:
             raise ConfigError(f"{layer}({name}={found!r}) with {reason}", f"{name}={allowed!r}",
                               f"the {name} argument")

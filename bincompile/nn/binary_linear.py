@@ -72,6 +72,7 @@ class BinaryLinear(nn.Module):
     """
 
     calibrated_scale: nn.Parameter | None
+    scale_w: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False, *,
                  activation: str = "binary", activation_scale: str = "row",
