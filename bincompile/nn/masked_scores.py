@@ -78,14 +78,9 @@ def _attend_fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     if keep is None and past is not None and query.shape[2] == key.shape[2]:
         return F.scaled_dot_product_attention(query, key, value, None, dropout, True, scale=scale)
     mask = past if keep is None else keep if past is None else keep & past
-    if bias is None or mask is None:
-        return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
-    # in float16 a bias of -1e9 were infinite, and its row one that sees nothing
-    wide = _wide(query)
-    mixed = F.scaled_dot_product_attention(
-        query.to(wide), key.to(wide), value.to(wide), torch.where(mask, bias, -math.inf), dropout,
-        scale=scale)
-    return mixed.to(value.dtype)
+    if bias is not None and mask is not None:  # float32 with any query: -1e9 is no -inf
+        mask = torch.where(mask, bias, -math.inf)
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale)
 
 
 def _read_terms(query: torch.Tensor, key: torch.Tensor, key_padding_mask: torch.Tensor | None,
