@@ -41,8 +41,9 @@ def unpack(packed: torch.Tensor, features: int, dtype: torch.dtype) -> torch.Ten
         [[1.0, -1.0, 1.0]]
     """
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = (packed.unsqueeze(-1) >> shifts) & 1
-    return (bits.flatten(-2)[..., :features].to(dtype) * 2) - 1
+    codes = torch.arange(256, dtype=torch.uint8, device=packed.device).unsqueeze(-1)
+    signs = ((codes >> shifts) & 1).to(dtype) * 2 - 1  # of every byte: looked up, not computed
+    return torch.embedding(signs, packed.int()).flatten(-2)[..., :features]
 
 
 def row_scale(x: torch.Tensor) -> torch.Tensor:
