@@ -249,6 +249,12 @@ def test_c05_masks_count_in_steps(cls: type) -> None:
         assert layer.get_state().padding is not None
 
 
+def test_c05_a_mask_of_every_query_is_read_at_the_answered_one() -> None:
+    layer = layer_of(SINGLE, 4, query_index=-2, single_output_forward=False)
+    with torch.no_grad():
+        run_padded(layer, 9, None, 3 * torch.randn(4, 4, dtype=torch.float64))
+
+
 @CLASSES
 def test_c06_kdim_and_vdim_stream(cls: type) -> None:
     with torch.no_grad():
@@ -302,11 +308,16 @@ def test_c10_a_partial_window_attends_to_what_was_seen(query_index: int) -> None
             torch.testing.assert_close(y, wanted, rtol=1e-10, atol=1e-12)
 
 
-def test_c10_a_partial_retroactive_window_has_no_answer_where_no_token_is() -> None:
+@pytest.mark.parametrize("shortest", [1, 99])
+def test_c10_a_partial_retroactive_window_has_no_answer_where_no_token_is(
+        shortest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_stacks, "SHORTEST", shortest)
     layer = layer_of(RETRO, 4, partial_window=True)
-    xs, whole = tokens(layer, 6), plain(layer)
+    xs, whole = tokens(layer, 13), plain(layer)
     with torch.no_grad():
-        for t, y in enumerate(stream(layer, xs)):
+        for t in range(13):
+            y = layer.forward_step(*(x[:, t] for x in xs))
+            assert t >= 3 or not hasattr(layer._stacks, "_front")
             past = slice(max(0, t - 3), t + 1)
             wanted, _ = whole(*(x[:, past] for x in xs))
             assert y[:, :4 - wanted.shape[1]].isnan().all()

@@ -166,6 +166,26 @@ def test_gradients_of_training_flow_through_the_window(cls: type) -> None:
     assert not layer.ring_key.requires_grad
 
 
+def test_a_step_without_gradient_spares_what_a_graph_needs(cls: type) -> None:
+    layer = layer_of(cls, 3).train()
+    xs = random_tokens(layer, 5)
+    last = stream(layer, [x[:, :4] for x in xs])[-1]
+    with torch.no_grad():
+        layer.forward_step(*(x[:, 4] for x in xs))
+    last.sum().backward()
+    assert layer.in_proj_weight.grad.isfinite().all()
+
+
+def test_dropout_acts_on_kept_sums_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(two_stacks, "SHORTEST", 1)
+    layer = layer_of(RETRO, 4, dropout=0.5)
+    xs = random_tokens(layer, 9)
+    with torch.no_grad():
+        plainly = stream(copy.deepcopy(layer), xs)
+        dropped = stream(layer.train(), xs)
+    assert not any(torch.equal(a, b) for a, b in zip(plainly[3:], dropped[3:], strict=True))
+
+
 def test_eval_mode_keeps_no_graph(cls: type) -> None:
     layer = layer_of(cls, 3)
     xs = random_tokens(layer, 8)
@@ -337,6 +357,10 @@ def test_sums_are_kept_where_they_pay_and_belong(monkeypatch: pytest.MonkeyPatch
         stream(layer, [x[:, 38:50] for x in xs])
         assert not kept()  # clocks differ
         check(50, False)
+        assert hasattr(layer._stacks, "_front")
+        assert not hasattr(copy.deepcopy(layer)._stacks, "_front")
+        layer.clean_state()
+        assert not hasattr(layer._stacks, "_front")
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
