@@ -7,7 +7,7 @@ autograd, the tests, the kernel registry's calls and the table in the documentat
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Operator:
         bad_samples: calls that must raise.
         tolerance: limit for every kernel against the reference.
         backward: `(setup_context, backward)` where the operator trains.
+        signs_of: of its bound arguments, the tensors whose signs it takes: where rounding before
+            it may flip a bit.
         source: the paper or API where the method is from.
     """
 
@@ -59,6 +61,7 @@ class Operator:
     bad_samples: Callable[[torch.Generator], Iterable[Sample]]
     tolerance: Tolerance = Tolerance()
     backward: tuple[Callable[..., None], Callable[..., Any]] | None = None
+    signs_of: Callable[[Mapping[str, Any]], list[torch.Tensor]] | None = None
     source: str = ""
 
     def __post_init__(self) -> None:

@@ -315,8 +315,8 @@ def _conditioned(signature: Signature, values: list[Any]) -> tuple[Signature, tu
     """The signature with what the model's code asked of its sizes, and what only torch asked."""
     named, own = _name_sizes(signature)
     used = {s for spec in named.inputs for s in spec.shape if isinstance(s, str)}
-    environment = next((s.node.shape_env for v in values if isinstance(v, torch.Tensor)
-                        for s in v.shape if isinstance(s, torch.SymInt)), None)
+    sizes: list[Any] = [s for v in values if isinstance(v, torch.Tensor) for s in v.shape]
+    environment = next((s.node.shape_env for s in sizes if isinstance(s, torch.SymInt)), None)
     found = [] if environment is None else list(conditions(environment, used))
     if (None, True) in found:
         raise CaptureError("a branch on sizes that can't be written as a comparison of integers",

@@ -15,11 +15,7 @@ from torch import fx
 from bincompile.conditions import broken
 from bincompile.errors import ProofError
 from bincompile.ops import operator_of
-from bincompile.ops.binary_attention import binary_attention
-from bincompile.ops.binary_linear import binary_linear
 from bincompile.ops.bits import row_scale
-from bincompile.ops.fake_binary_linear import fake_binary_linear
-from bincompile.ops.fake_bitorch_linear import fake_bitorch_linear
 from bincompile.passes.validate import difference
 from bincompile.program import Program
 from bincompile.runtime.executor import Executable
@@ -226,30 +222,14 @@ def flipped_bits(before: Program, after: Program, flat: Sequence[Any]) -> tuple[
     return flipped / max(total, 1), largest
 
 
-def _shifted_input(bound: Mapping[str, Any]) -> list[torch.Tensor]:
-    if bound.get("activation", "binary") != "binary":
-        return []
-    return [bound["x"] if bound["shift"] is None else bound["x"] + bound["shift"]]
-
-
-def _queries_and_keys(bound: Mapping[str, Any]) -> list[torch.Tensor]:
-    return [bound["query"], bound["key"]]
-
-
-BINARISED = {  # operators that take signs of their inputs, and of which
-    fake_binary_linear.overload: _shifted_input, fake_bitorch_linear.overload: _shifted_input,
-    binary_linear.overload: _shifted_input, binary_attention.overload: _queries_and_keys,
-}
-
-
 def _binarised_inputs(program: Program, flat: Sequence[Any]) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
 
     class Watch(fx.Interpreter):
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            if target in BINARISED:
-                bound = operator_of(target).bind(args, kwargs)  # type: ignore[union-attr]
-                found.extend(BINARISED[target](bound))
+            operator = operator_of(target)
+            if operator is not None and operator.signs_of is not None:
+                found.extend(operator.signs_of(operator.bind(args, kwargs)))
             return super().call_function(target, args, kwargs)
 
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A digits model with every weight of attention and table 1 bit, its table packed from the start."""
+"""A digits model with 1-bit attention weights and table, the table packed from the start."""
 
 from __future__ import annotations
 

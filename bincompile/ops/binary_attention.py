@@ -228,6 +228,7 @@ binary_attention = Operator(
     check=_check,
     samples=_samples,
     bad_samples=_bad_samples,
+    signs_of=lambda bound: [bound["query"], bound["key"]],
     tolerance=Tolerance(rtol=2e-5, atol=2e-5),
     backward=(_setup_context, _backward),
     source="1-bit query and key: BinaryAttention, arXiv:2603.09582; {0, 1} probabilities: BiT, "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -81,6 +82,13 @@ def check_outputs(out_features, weight_scale, bias) -> None:
                              " or ".join(map(str, sizes)), f"the {name}")
 
 
+def shifted_input(bound: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensor whose signs a linear operator takes, if it takes any."""
+    if bound.get("activation", "binary") != "binary":
+        return []
+    return [bound["x"] if bound["shift"] is None else bound["x"] + bound["shift"]]
+
+
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
@@ -122,6 +130,7 @@ binary_linear = Operator(
     check=_check,
     samples=_samples,
     bad_samples=_bad_samples,
+    signs_of=shifted_input,
     tolerance=Tolerance(rtol=1e-5, atol=1e-5),
     source="XNOR-Net, arXiv:1603.05279 (scale: mean |x| of each row)",
 )

@@ -9,7 +9,13 @@ import torch
 from bincompile.errors import InputError
 from bincompile.op import Operator, Sample, Tolerance
 from bincompile.ops import bits
-from bincompile.ops.binary_linear import accumulate, check_input, check_outputs, finish
+from bincompile.ops.binary_linear import (
+    accumulate,
+    check_input,
+    check_outputs,
+    finish,
+    shifted_input,
+)
 
 CLIP = 2.0  # the gradient of a sign passes where |x| <= CLIP * scale
 
@@ -100,6 +106,7 @@ fake_binary_linear = Operator(
     check=_check,
     samples=_samples,
     bad_samples=_bad_samples,
+    signs_of=shifted_input,
     tolerance=Tolerance(),
     backward=(_setup_context, _backward),
     source="straight-through estimator, arXiv:1308.3432; scales of XNOR-Net, arXiv:1603.05279",

@@ -9,7 +9,7 @@ import torch
 from bincompile.errors import InputError
 from bincompile.op import Operator, Sample, Tolerance
 from bincompile.ops import bits
-from bincompile.ops.binary_linear import accumulate, check_input
+from bincompile.ops.binary_linear import accumulate, check_input, shifted_input
 
 
 def _reference(x, weight, scale_a, scale_w, shift):
@@ -88,6 +88,7 @@ fake_bitorch_linear = Operator(
     check=_check,
     samples=_samples,
     bad_samples=_bad_samples,
+    signs_of=shifted_input,
     tolerance=Tolerance(),
     backward=(_setup_context, _backward),
     source="bitorch_engine.layers.qlinear.binary.cutlass (0.2.6): its formulas, not its code",
