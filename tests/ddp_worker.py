@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -69,5 +70,7 @@ if __name__ == "__main__":
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=own,
                                    world_size=count)
     print(json.dumps([train(own, count, "bop", False, -1),
-                      train(own, count, "sign_momentum", True, 7)]))
+                      train(own, count, "sign_momentum", True, 7)]), flush=True)
+    distributed.barrier()  # neither process may leave while the other still talks to it
     distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads now and then abort an interpreter that is being taken down
