@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from bincompile.nn.ring import StreamState, Token
 from bincompile.nn.sequence_attention import SequenceAttention
 
 
-class ContinualAttention(SequenceAttention):
+class ContinualAttention(SequenceAttention, abc.ABC):
     """Multi-head attention over a sequence, or over a sliding window, one token at a time.
 
     The memory of the stream is in buffers that no state dict holds (see `get_state`). The layers
@@ -32,22 +33,23 @@ class ContinualAttention(SequenceAttention):
         for field in StreamState._fields:
             self.register_buffer(_buffer(field), None, persistent=False)
 
+    @abc.abstractmethod
     def _query_slots(self) -> int:
         """How many queries a stream remembers."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _work(self, step: bool) -> tuple[int, int, int]:
         """Queries projected, keys projected and queries answered by a step, or by forward."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _window_rows(self) -> slice:
         """Which queries of the window a step answers."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _answers(self, clock: torch.Tensor) -> torch.Tensor:
         """(N, rows) bool: which rows of the window have an answer after `clock` tokens."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _mix(self, state: StreamState, bias: torch.Tensor | None,
              sinks: tuple[torch.Tensor, torch.Tensor] | None,
              before: torch.Tensor | None) -> torch.Tensor:
@@ -56,15 +58,14 @@ class ContinualAttention(SequenceAttention):
         `before` is the clock before a step that wrote the rings in place, without a mask on pairs;
         else None.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _lay_out_step(self, y: torch.Tensor) -> torch.Tensor:
         """(N, rows, E) as a step gives it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _lay_out_steps(self, steps: list[torch.Tensor]) -> torch.Tensor:
         """The results of several steps as one tensor."""
-        raise NotImplementedError
 
     @property
     def receptive_field(self) -> int:
@@ -98,7 +99,7 @@ class ContinualAttention(SequenceAttention):
         if mode == "forward":
             return super().__call__(*args, **kwargs)
         # nn.Module runs the hooks around `self.forward`: give it this layer with another forward
-        view: Any = object.__new__(_with_forward(type(self), mode))  # type: ignore[arg-type]
+        view: Any = object.__new__(_with_forward(type(self), mode))
         object.__setattr__(view, "__dict__", self.__dict__)
         return view(*args, **kwargs)
 
