@@ -13,8 +13,8 @@ from torch import fx
 
 from bincompile.ops.attention import attention
 from bincompile.passes.axes import LAYOUTS, Contraction, contraction, source
-from bincompile.passes.graph import aten, depends, is_tensor, number, shape_of, users, value_of
-from bincompile.passes.masks import is_causal
+from bincompile.passes.facets import of_operator, of_softmax
+from bincompile.passes.graph import aten, depends, shape_of, users, value_of
 from bincompile.passes.patterns import Candidate, Context, owner_of
 from bincompile.passes.scores import (
     CASTS,
@@ -83,7 +83,7 @@ def around_softmax(softmax: fx.Node, axis: int, masked_row: str,
     return Candidate("attention", softmax, dict(_inputs(found, query, key, value)),
                      (found.product.node, *([softmax] if found.need_weights else [])),
                      lambda build, values: _emit(found, build, values),
-                     _attrs(found, query, key, context),
+                     of_softmax(found, query, key, context),
                      owner_of((path[0], softmax, found.product.node)))
 
 
@@ -301,50 +301,6 @@ def _back(found: Found, build: Any, values: Values, weights: Any, at: Scores) ->
     return weights
 
 
-def _attrs(found: Found, query: fx.Node, key: fx.Node, context: Context) -> dict[str, Any]:
-    first, scores = found.first, found.scores
-    axes = first.left_axes if found.by_left else first.right_axes
-    features = shape_of(query)[axes.index(first.contracted)]
-    masks = ("additive" if scores.terms else "", "boolean" if scores.masks else "")
-    return {
-        "heads": _heads(query, axes, first, features),
-        "head_dim": features if isinstance(features, int) else str(features),
-        "scale": scores.factor * _upstream(query, context) * _upstream(key, context),
-        "mask": "+".join(m for m in masks if m) or "none",
-        "causal": any(is_causal(t.node, context, t.inverted)
-                      for t in (*scores.terms, *scores.masks)),
-        "masked_row": found.masked_row,
-        "weights": found.need_weights,
-    }
-
-
-def _heads(query: fx.Node, axes: tuple[str, ...], first: Contraction, features: Any) -> int | None:
-    """The number of heads, where a batch axis of its own or the projection's width tells it."""
-    batch = [shape_of(query)[axes.index(a)] for a in first.batch if a in axes]
-    if len(batch) >= 2:
-        return next((s for s in reversed(batch) if isinstance(s, int)), None)
-    origin, axis = source(query, axes.index(first.contracted))
-    width = shape_of(origin)[axis]
-    if isinstance(width, int) and isinstance(features, int) and width % features == 0:
-        return width // features
-    return None
-
-
-def _upstream(node: fx.Node, context: Context) -> float:
-    """The constant factors that query or key were scaled by before the product."""
-    factor = 1.0
-    while node.op == "call_function" and is_tensor(node):
-        if node.target in (aten.mul.Tensor, aten.div.Tensor):
-            found = number(context.graph_module, node.args[1])
-            if not found:
-                break
-            factor *= found if node.target is aten.mul.Tensor else 1 / found
-        elif node.target not in (*LAYOUTS, *CASTS):
-            break
-        node = node.args[0]
-    return factor
-
-
 def _repeated(build: Any, query: Any, *others: Any) -> list[Any]:
     """Keys and values with each head repeated for its group of query heads."""
     repeated = []
@@ -379,15 +335,5 @@ def around_operator(node: fx.Node, found: Mapping[str, Any], context: Context) -
                           masked_row="zero")
         return (build.item(pair, 0),)
 
-    rank = len(shape_of(query))
-    attrs = {
-        "heads": shape_of(query)[-3] if rank > 3 and isinstance(shape_of(query)[-3], int) else None,
-        "head_dim": features,
-        "scale": scale * _upstream(query, context) * _upstream(key, context),
-        "mask": "none" if given is None else "boolean" if is_mask else "additive",
-        "causal": bool(found["is_causal"]) or (
-            given is not None and is_causal(given, context, False)),
-        "masked_row": "zero",
-        "weights": False,
-    }
-    return Candidate("attention", node, inputs, (node,), emit, attrs, owner_of((node,)))
+    return Candidate("attention", node, inputs, (node,), emit,
+                     of_operator(node, found, scale, context), owner_of((node,)))
