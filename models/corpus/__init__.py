@@ -31,6 +31,15 @@ class Case:
         needs: modules that must be importable, e.g. "timm".
         uncapturable: why torch can't export this model; empty where it can.
         unusual: facets that make the case worth having, in words.
+        unseen: "attention" or "look_ups" -> why counting calls at run time can't tell their number;
+            the number declared here stands.
+        declined: for each attention instance that is refused on purpose, why.
+
+    Example:
+        >>> from bincompile.models.corpus import cases
+        >>> case = cases("torch")[0]
+        >>> args, kwargs = case.inputs(*case.sizes[0])
+        >>> result = case.build()(*args, **kwargs)
     """
 
     name: str
@@ -42,6 +51,8 @@ class Case:
     needs: tuple[str, ...] = ()
     uncapturable: str = ""
     unusual: tuple[str, ...] = ()
+    unseen: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    declined: tuple[str, ...] = ()
 
     @property
     def group(self) -> str:
