@@ -248,7 +248,8 @@ def _plain_attrs(match: Match) -> dict[str, Json]:
 def _decode_records(document: Json) -> dict[str, Any]:
     def match(fields: Json) -> Match:
         evidence = fields["evidence"]
-        return Match(**{**fields, "evidence": None if evidence is None else Evidence(**evidence)})
+        return Match(**{**fields, "nodes": tuple(map(str, fields.get("nodes", ()))),
+                        "evidence": None if evidence is None else Evidence(**evidence)})
 
     return {"matches": tuple(map(match, document["matches"])),
             "refusals": tuple(Refusal(**r) for r in document["refusals"]),

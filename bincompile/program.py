@@ -7,14 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
+import bincompile
 from bincompile.record import Match, Refusal, Rewrite
 from bincompile.signature import Signature, TensorMeta
+
+_FRAME = re.compile(r'File "(.*)", line (\d+), in .*\n(?! *File ")(.*)')
+# Frames in these folders are not the user's.
+_LIBRARIES = (os.path.join(os.path.dirname(torch.__file__), ""),
+              *(os.path.join(folder, part, "") for folder in bincompile.__path__
+                for part in ("nn", "passes")))
 
 LEVELS = ("captured", "normal", "matched", "validated", "canonical", "packed", "binary", "lowered")
 
@@ -125,15 +134,16 @@ def module_paths(node: fx.Node) -> tuple[str, ...]:
 
 
 def source_line(node: fx.Node) -> str:
-    """The user's source line that made a node, as `file:line: text`; empty if not known."""
-    frames = (node.meta.get("stack_trace") or "").strip().splitlines()
-    places = [i for i, line in enumerate(frames) if line.strip().startswith("File ")]
-    if not places:
+    """The user's source line that made a node, as `file:line: text`; empty if not known.
+
+    It is the innermost one that is neither torch's nor ours, e.g. where the user calls nn.Softmax.
+    """
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [f for f in frames if not f[0].startswith(_LIBRARIES)]
+    if not (own or frames):
         return ""
-    place = frames[places[-1]].strip().split(", ")
-    text = frames[places[-1] + 1].strip() if places[-1] + 1 < len(frames) else ""
-    file = place[0].removeprefix("File ").strip('"')
-    return f"{file}:{place[1].removeprefix('line ')}: {text}"
+    file, line, text = (own or frames)[-1]
+    return f"{file}:{line}: {text.strip()}"
 
 
 def _example(value: Any) -> Any:

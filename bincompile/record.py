@@ -44,6 +44,8 @@ class Match:
         node: name of the node that it ends in.
         evidence: the proof; None if it was not tried.
         pattern: name of the pattern that found it.
+        nodes: names of the nodes that it stands for, in the order of the graph.
+        source: the user's source line.
     """
 
     operator: str
@@ -52,6 +54,8 @@ class Match:
     node: str
     evidence: Evidence | None = None
     pattern: str = ""
+    nodes: tuple[str, ...] = ()
+    source: str = ""
 
     @property
     def validated(self) -> bool:
@@ -66,13 +70,21 @@ class Match:
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A candidate that was not rewritten, and why."""
+    """A candidate that was not rewritten, and why.
+
+    Args:
+        operator: the operator that it might have been.
+        path: module path of the owner: the longest that its nodes share.
+        reason: why it was declined.
+        node: name of the first node that an operator of this kind does not have.
+        source: the user's source line of that node.
+    """
 
     operator: str
     path: str
     reason: str
     node: str
-    source: str = ""  # the user's source line
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +100,7 @@ class Rewrite:
         bytes_after: bytes of stored weights that it reads now.
         max_error: largest relative difference seen, None where it was not measured.
         node: name of the node that was put in.
+        replaces: name of the node that it stands for: of its match, or of the layer.
     """
 
     operator: str
@@ -98,3 +111,4 @@ class Rewrite:
     bytes_after: int = 0
     max_error: float | None = None
     node: str = ""
+    replaces: str = ""

@@ -67,7 +67,8 @@ def binarise(program: Program, binary: Binary, chosen: Collection[Site]) -> Prog
         copies[originals[site.node]] = result
         replaced.add(site.node)
         rewrites.append(Rewrite(target_name(result.target).removeprefix("bincompile."), site.path,
-                                "lossy", bytes_before=site.bytes, node=result.name))
+                                "lossy", bytes_before=site.bytes, node=result.name,
+                                replaces=site.node))
     kept = tuple(r for r in rewrites if r.node not in replaced)
     return program.next(finish(module), "binary", rewrites=kept)
 

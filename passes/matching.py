@@ -17,7 +17,15 @@ from bincompile.passes.graph import (
     value_of,
 )
 from bincompile.passes.normalise import simplify
-from bincompile.passes.patterns import Candidate, Context, Pattern, owner_of, patterns
+from bincompile.passes.overlap import Proven, circular, misfit, without_overlaps
+from bincompile.passes.patterns import (
+    Candidate,
+    Context,
+    Pattern,
+    owner_of,
+    patterns,
+    starting_at,
+)
 from bincompile.passes.scores import Declined
 from bincompile.passes.validate import signature_of, validate
 from bincompile.program import Program, source_line
@@ -33,25 +41,34 @@ def match(program: Program) -> Program:
         if isinstance(found, Refusal):
             refusals.append(found)
         elif found is not None:
-            matches.append(Match(found.operator, found.path, dict(found.attrs), node.name,
-                                 pattern=pattern.name))
+            matches.append(found_match(pattern, node, found))
     return program.next(program.graph_module, "matched", matches=tuple(matches),
                         refusals=(*program.refusals, *refusals))
+
+
+def found_match(pattern: Pattern, node: fx.Node, found: Candidate) -> Match:
+    """The record of a candidate at an anchor, not proven yet."""
+    inside = between(found.outputs, set(found.inputs.values()))
+    return Match(found.operator, found.path, dict(found.attrs), node.name,
+                 pattern=pattern.name, nodes=tuple(n.name for n in inside if n.op != "get_attr"),
+                 source=source_line(node))
 
 
 def prove(program: Program) -> Program:
     """Every match with its evidence; one that fails becomes a refusal."""
     context, shared = Context.of(program), dict[str, Evidence | str]()
     nodes = {n.name: n for n in program.graph.nodes}
-    matches, refusals = list[Match](), list[Refusal]()
+    proven, refusals = list[Proven](), list[Refusal]()
     for found in program.matches:
-        proven = proof(found, _again(found, nodes[found.node], context), program, shared)
-        if isinstance(proven, Match):
-            matches.append(proven)
+        candidate = _again(found, nodes[found.node], context)
+        outcome = proof(found, candidate, program, shared)
+        if isinstance(outcome, Match):
+            proven.append((outcome, candidate))
         else:
-            refusals.append(proven)
-    return program.next(program.graph_module, "validated", matches=tuple(matches),
-                        refusals=(*program.refusals, *refusals))
+            refusals.append(outcome)
+    kept, overlapping = without_overlaps(proven)
+    return program.next(program.graph_module, "validated", matches=tuple(m for m, _ in kept),
+                        refusals=(*program.refusals, *refusals, *overlapping))
 
 
 def proof(found: Match, candidate: Candidate, program: Program,
@@ -60,12 +77,11 @@ def proof(found: Match, candidate: Candidate, program: Program,
     text = signature_of(candidate, program.graph_module)
     known = shared.get(text)
     if known is None:
-        known = shared[text] = validate(candidate, program.graph_module)
+        known = shared[text] = circular(candidate) or validate(candidate, program.graph_module)
     elif isinstance(known, Evidence):
         known = dataclasses.replace(known, milliseconds=0.0)
     if isinstance(known, str):
-        return Refusal(found.operator, found.path, f"not proven: {known}", found.node,
-                       source_line(candidate.anchor))
+        return refused(found, candidate, f"not proven: {known}")
     return dataclasses.replace(found, evidence=known)
 
 
@@ -74,15 +90,28 @@ def canonicalise(program: Program) -> Program:
     module, copies = copy_module(program.graph_module)
     nodes = {n.name: n for n in program.graph.nodes}
     context, rewrites = Context.of(program), []
+    matches, refusals = list[Match](), list[Refusal]()
     for found in program.matches:
         candidate = _again(found, nodes[found.node], context)
         placed = apply(candidate, module, copies)
+        if isinstance(placed, str):
+            refusals.append(refused(found, candidate, placed))
+            continue
+        matches.append(found)
         rewrites.append(Rewrite(candidate.operator, found.path, "exact",
                                 bytes_before=stored_bytes(candidate, context),
-                                max_error=found.max_error, node=placed.name))
+                                max_error=found.max_error, node=placed.name,
+                                replaces=found.node))
     put_in_order(module.graph)  # what reads the probabilities may stand before the product
     simplify(module)
-    return program.next(finish(module), "canonical", rewrites=(*program.rewrites, *rewrites))
+    return program.next(finish(module), "canonical", matches=tuple(matches),
+                        refusals=(*program.refusals, *refusals),
+                        rewrites=(*program.rewrites, *rewrites))
+
+
+def refused(found: Match, candidate: Candidate, reason: str) -> Refusal:
+    """The refusal of a match that was found."""
+    return Refusal(found.operator, found.path, reason, found.node, source_line(candidate.anchor))
 
 
 def candidate_at(pattern: Pattern, node: fx.Node, context: Context) -> Candidate | Refusal | None:
@@ -90,13 +119,17 @@ def candidate_at(pattern: Pattern, node: fx.Node, context: Context) -> Candidate
     try:
         return pattern.match(node, context)
     except Declined as declined:
-        return Refusal(pattern.operator, owner_of((node,)), declined.reason, declined.node.name,
+        walked = (node, *node.all_input_nodes[:1], declined.node)
+        return Refusal(pattern.operator, owner_of(walked), declined.reason, declined.node.name,
                        source_line(declined.node) or source_line(node))
+    except Exception as error:  # a pattern that fails is no reason for a model to fail
+        reason = f"the pattern {pattern.name!r} fails: {type(error).__name__}: {error}"
+        return Refusal(pattern.operator, owner_of((node,)), reason, node.name, source_line(node))
 
 
 def apply(candidate: Candidate, module: fx.GraphModule, copies: dict[fx.Node, fx.Node],
-          prefix: str = "") -> fx.Node:
-    """Put a candidate's operator into a copy of its graph; returns its node.
+          prefix: str = "") -> fx.Node | str:
+    """Put a candidate's operator into a copy of its graph; returns its node, or why it can't be.
 
     `prefix` tells which of several operators of ours is meant.
     """
@@ -104,13 +137,19 @@ def apply(candidate: Candidate, module: fx.GraphModule, copies: dict[fx.Node, fx
     build = Build(module.graph, at, like=at)
     values = {role: copies[n] for role, n in candidate.inputs.items()}
     before = set(module.graph.nodes)
-    results = candidate.emit(build, values)
-    for output, result in zip(candidate.outputs, results, strict=True):
+    try:
+        results = candidate.emit(build, values)
+        pairs = list(zip(candidate.outputs, results, strict=True))
+    except Exception as error:  # it ran in the proof, but can't be written into a graph
+        return f"the rewritten form can't be written: {type(error).__name__}: {error}"
+    if wrong := next(filter(None, (misfit(o, r) for o, r in pairs)), None):
+        return f"the rewritten form is {wrong}"
+    for output, result in pairs:
         copies[output].replace_all_uses_with(result)
         copies[output] = result
     added = [n for n in module.graph.nodes if n not in before]
     ours = (n for n in added if (found := operator_of(n.target)) and found.name.startswith(prefix))
-    return next(ours)
+    return next(ours, results[0])
 
 
 def stored_bytes(candidate: Candidate, context: Context) -> int:
@@ -134,8 +173,8 @@ def stored_sources(nodes: Iterable[fx.Node], context: Context) -> set[fx.Node]:
 def anchors(program: Program, stage: str) -> Iterator[tuple[Pattern, fx.Node]]:
     """Every node of the graph that a pattern of this stage starts from."""
     for node in program.graph.nodes:
-        for pattern in patterns(stage).values():
-            if node.op == "call_function" and node.target in pattern.anchors:
+        if node.op == "call_function":
+            for pattern in starting_at(node.target, stage):
                 yield pattern, node
 
 
