@@ -27,6 +27,8 @@ def pack(program: Program) -> Program:
     matched, proven = {(m.operator, m.path) for m in matches}, list[Proven]()
     for pattern, node in anchors(program, "packed"):
         candidate = candidate_at(pattern, node, context)
+        if isinstance(candidate, Refusal):
+            refusals.append(candidate)
         if not isinstance(candidate, Candidate):
             continue
         found = proof(found_match(pattern, node, candidate), candidate, program, shared)

@@ -10,6 +10,7 @@ from bincompile.passes.lower import lower
 from bincompile.passes.matching import canonicalise, match, prove
 from bincompile.passes.normalise import normalise
 from bincompile.passes.pack import pack
+from bincompile.passes.patterns import registered
 from bincompile.program import Program
 
 log = logging.getLogger(__name__)
@@ -27,10 +28,11 @@ LOWER: tuple[Stage, ...] = (("lower", lower),)
 
 
 def run(stages: tuple[Stage, ...], program: Program) -> Program:
-    """The program after these stages."""
-    for name, stage in stages:
-        start = time.perf_counter()
-        program = stage(program)
-        log.info("%s: %d nodes, %.0f ms", name, len(program.graph.nodes),
-                 (time.perf_counter() - start) * 1e3)
+    """The program after these stages; all of them see the same patterns."""
+    with registered():
+        for name, stage in stages:
+            start = time.perf_counter()
+            program = stage(program)
+            log.info("%s: %d nodes, %.0f ms", name, len(program.graph.nodes),
+                     (time.perf_counter() - start) * 1e3)
     return program
