@@ -98,20 +98,38 @@ def fake_binary_linear(x, weight, weight_scale, bias, activation, activation_sca
     return linear(x, signs, weight_scale, bias, activation, activation_scale, shift)
 
 
-def attention(query, key, value, bias, mask, scale, fill, causal, masked_row, need_weights):
+def attention(query, key, value, bias, mask, scale, fill, causal, masked_row, need_weights,
+              softcap=None, gain=None, low=None, high=None, late_bias=None, sink=None,
+              mix_before=None, mix_after=None, mix_shift=None, groups=1):
     """Attention one score at a time, so that no torch kernel decides what an empty row gives."""
+    if groups > 1:
+        served = torch.arange(key.shape[-3] * groups) // groups
+        key, value = key[..., served, :, :], value[..., served, :, :]
     scores = torch.einsum("...md,...nd->...mn", query, key) * scale
+    scores = scores if gain is None else scores * gain
+    if mix_before is not None:
+        scores = (scores.transpose(-1, -3) @ mix_before.mT).transpose(-1, -3)
+    scores = scores if softcap is None else softcap * (1 - 2 / ((2 * scores / softcap).exp() + 1))
     scores = scores if bias is None else scores + bias
+    scores = torch.where(scores < (-math.inf if low is None else low), low or 0.0, scores)
+    scores = torch.where(scores > (math.inf if high is None else high), high or 0.0, scores)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf if fill is None else fill)
+    scores = scores if late_bias is None else scores + late_bias
     if causal:
         m, n = scores.shape[-2:]
         scores = scores.masked_fill(torch.arange(n) > torch.arange(m)[:, None], -math.inf)
     top = scores.amax(-1, keepdim=True)
+    if sink is not None:
+        top = torch.maximum(top, sink)
     empty = top == -math.inf
     powers = (scores - torch.where(empty, 0.0, top)).exp()
-    weights = powers / powers.sum(-1, keepdim=True)
+    total = powers.sum(-1, keepdim=True)
+    weights = powers / (total if sink is None else total + (sink - top).exp())
     weights = torch.where(empty, 0.0 if masked_row == "zero" else math.nan, weights)
+    if mix_after is not None:
+        weights = (weights.transpose(-1, -3) @ mix_after.mT).transpose(-1, -3)
+    weights = weights if mix_shift is None else weights + mix_shift.reshape(-1, 1, 1)
     out = torch.einsum("...mn,...ne->...me", weights, value)
     return (out, weights) if need_weights else (out,)
 

@@ -17,7 +17,11 @@ from bincompile.runtime.kernels import Call, Kernel, host_reason
 
 # exp(score - maximum) is exactly 0 in float32 and float64 below this distance.
 _UNDERFLOW = {torch.float32: 104.0, torch.float64: 746.0}
-_PLAIN = ("scale", "fill", "causal", "masked_row", "need_weights")
+_PLAIN = ("scale", "fill", "causal", "masked_row", "need_weights", "groups")
+# Facets that change single scores or probabilities, which the fused kernel does not show.
+_FACETS = {"softcap": "capped scores", "gain": "scores multiplied by a tensor",
+           "low": "clamped scores", "high": "clamped scores", "late_bias": "a bias after the mask",
+           "sink": "a sink", "mix_before": "mixed heads", "mix_after": "mixed heads"}
 
 
 def _supports(call: Call) -> str | None:
@@ -25,6 +29,8 @@ def _supports(call: Call) -> str | None:
         return f"{unknown} is known only at run time"
     if call.value("need_weights"):
         return "the weights are asked for, and the fused kernel does not give them"
+    if given := next((name for name in _FACETS if call.value(name) is not None), None):
+        return f"{_FACETS[given]}: the fused kernel has no such thing"
     query, bias = call.value("query"), call.value("bias")
     tensors = [call.value(name) for name in ("query", "key", "value", "bias", "mask")]
     if any(t is not None and t.ndim > 4 for t in tensors):
@@ -39,7 +45,7 @@ def _supports(call: Call) -> str | None:
 
 
 def _bind(call: Call) -> Callable[..., Any]:
-    scale, fill, causal, masked_row, _ = (call.value(name) for name in _PLAIN)
+    scale, fill, causal, masked_row, _, groups = (call.value(name) for name in _PLAIN)
     empty = torch.empty(0, dtype=call.value("query").dtype)
     repair = masked_row == "nan"
     finite_fill = call.value("mask") is not None and fill not in (None, -math.inf)
@@ -48,9 +54,9 @@ def _bind(call: Call) -> Callable[..., Any]:
         kept = _kept(query, key, mask, causal and not (bias is None and mask is None))
         if finite_fill and not _fill_vanishes(query, key, bias, kept, scale, fill):
             return call.operator.reference(query, key, value, bias, mask, scale, fill, causal,
-                                           masked_row)
+                                           masked_row, groups=groups)
         extra = _combined(bias, kept)
-        out = _fused(query, key, value, extra, scale, causal and extra is None)
+        out = _fused(query, key, value, extra, scale, causal and extra is None, groups)
         if repair and extra is not None and not finite_fill:
             some = _open(extra).any(-1, keepdim=True)
             if key.shape[-2] and not some.all():
@@ -79,15 +85,21 @@ def _combined(bias, kept) -> torch.Tensor | None:
     return torch.where(kept, bias, -math.inf)
 
 
-def _fused(query, key, value, extra, scale: float, causal: bool) -> torch.Tensor:
+def _fused(query, key, value, extra, scale: float, causal: bool, groups: int) -> torch.Tensor:
     """The fused kernel, given what it is fast for: four dimensions with equal leading ones."""
     rank = max(t.ndim for t in (query, key, value, extra) if t is not None)
     query, key, value, extra = (_lift(t) for t in (query, key, value, extra))
-    lead = torch.broadcast_shapes(*(t.shape[:2] for t in (query, key, value, extra)
-                                    if t is not None))
-    query, key, value = (t if t.shape[:2] == lead else t.expand(*lead, -1, -1)
-                         for t in (query, key, value))
-    out = scaled_dot_product_attention(query, key, value, extra, is_causal=causal, scale=scale)
+    if query.shape[1] != groups * key.shape[1] or key.shape[:2] != value.shape[:2]:
+        key, value = (t if groups == 1 else t.repeat_interleave(groups, -3) for t in (key, value))
+        groups = 1
+    lead = torch.broadcast_shapes(query.shape[:2], *(
+        (t.shape[0], t.shape[1] * groups) for t in (key, value)),
+        *([] if extra is None else [extra.shape[:2]]))
+    query = query if query.shape[:2] == lead else query.expand(*lead, -1, -1)
+    kept = (lead[0], lead[1] // groups)
+    key, value = (t if t.shape[:2] == kept else t.expand(*kept, -1, -1) for t in (key, value))
+    out = scaled_dot_product_attention(query, key, value, extra, is_causal=causal, scale=scale,
+                                       enable_gqa=groups > 1)
     return out if rank == 4 else out.reshape(out.shape[4 - rank:])
 
 
