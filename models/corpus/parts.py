@@ -23,10 +23,17 @@ class SelfAttention(nn.Module):
         self.core, self.heads = core, heads
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Query, key and value, (batch, heads, tokens, features) each."""
+        return [layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                for layer in (self.query, self.key, self.value)]
+
+    def merge(self, x: Tensor) -> Tensor:
+        """(batch, heads, tokens, features) through the output projection."""
+        return self.out(x.transpose(1, 2).flatten(-2))
+
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for layer in (self.query, self.key, self.value))
-        return self.out(self.core(q, k, v).transpose(1, 2).flatten(-2))
+        return self.merge(self.core(*self.split(x)))
 
 
 def tokens(batch: int, length: int) -> Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from bincompile.models.corpus import Call, Case
 from bincompile.models.corpus.parts import HEADS, WIDTH, kept, two_lengths
 
 BATCHED = {"batch_first": True}
+Inputs = Callable[[int, int], Call]
 LAYER: dict[str, Any] = {"d_model": WIDTH, "nhead": HEADS, "dim_feedforward": 40}
 
 
@@ -96,6 +98,15 @@ def _all_masks(batch: int, length: int) -> Call:
         "tgt_is_causal": True, "memory_key_padding_mask": ~kept(batch, length + 3)}
 
 
+def _source_first(inputs: Inputs) -> Inputs:
+    """nn.Transformer takes the memory's source first, a decoder the target."""
+    def swapped(batch: int, length: int) -> Call:
+        (target, source), options = inputs(batch, length)
+        return (source, target), options
+
+    return swapped
+
+
 def _encoder(layers: int = 2, **options: Any) -> nn.Module:
     layer = nn.TransformerEncoderLayer(**LAYER, **{**BATCHED, **options})
     return nn.TransformerEncoder(layer, layers, nn.LayerNorm(WIDTH),
@@ -149,9 +160,10 @@ _STACKS = (
     ("decoder/target-mask", _decoder, _target_mask, 4),
     ("decoder/pre-norm", partial(_decoder, norm_first=True), two_lengths, 4),
     ("decoder/all-masks", _decoder, _all_masks, 4),
-    ("transformer/target-mask", _both, _target_mask, 3),
-    ("transformer/all-masks", _both, _all_masks, 3),
-    ("transformer/pre-norm", partial(_both, norm_first=True, bias=False), two_lengths, 3),
+    ("transformer/target-mask", _both, _source_first(_target_mask), 3),
+    ("transformer/all-masks", _both, _source_first(_all_masks), 3),
+    ("transformer/pre-norm", partial(_both, norm_first=True, bias=False),
+     _source_first(two_lengths), 3),
 )
 CASES = (
     *(Case(f"torch/{name}", partial(_attention, **options), inputs, 1)
