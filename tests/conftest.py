@@ -17,8 +17,10 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 
 @pytest.fixture(scope="session", autouse=True)
 def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The cache of compiled kernels, shared by this run and its subprocesses."""
-    folder = tmp_path_factory.mktemp("kernels")
+    """The cache of compiled kernels, shared by this run's workers and its subprocesses."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BINCOMPILE_CACHE_DIR", str(folder))
         yield folder

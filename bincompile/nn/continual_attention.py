@@ -6,7 +6,7 @@ import abc
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -277,8 +277,25 @@ class ContinualAttention(SequenceAttention, abc.ABC):
         self._keep(ring.reset(state, ring.chosen(state, rows)))
 
     @classmethod
-    def _copied(cls, module: nn.MultiheadAttention, **options: Any) -> Any:
-        """A layer of this class with a copy of the module's parameters and mode."""
+    def build_from(cls, module: nn.MultiheadAttention, sequence_len: int,
+                   **options: Any) -> Self:
+        """A continual layer with a copy of the parameters and the mode of a plain one.
+
+        Args:
+            module: copied, not changed.
+            sequence_len: tokens in the window.
+            options: of this class; batch_first and dropout are the module's unless given.
+
+        Raises:
+            ConfigError: an option of the wrong kind.
+            InputTypeError: a module that is not an `nn.MultiheadAttention`.
+
+        Example:
+            >>> import bincompile as bc
+            >>> plain = nn.MultiheadAttention(16, 4, batch_first=True)
+            >>> bc.nn.SingleOutputMultiheadAttention.build_from(plain, 8).receptive_field
+            8
+        """
         if not isinstance(module, nn.MultiheadAttention):
             raise InputTypeError(f"build_from of {type(module).__name__}",
                                  "an nn.MultiheadAttention", "the module")
@@ -287,7 +304,7 @@ class ContinualAttention(SequenceAttention, abc.ABC):
                     bias=module.in_proj_bias is not None, add_bias_kv=module.bias_k is not None,
                     add_zero_attn=module.add_zero_attn, kdim=module.kdim, vdim=module.vdim,
                     device=module.out_proj.weight.device, dtype=module.out_proj.weight.dtype,
-                    **given)
+                    sequence_len=sequence_len, **given)
         layer.load_state_dict(module.state_dict())
         return layer.train(module.training)
 

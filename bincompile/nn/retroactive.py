@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 
 from bincompile.nn import ring, score_bias
 from bincompile.nn.continual_attention import ContinualAttention
@@ -83,27 +80,6 @@ class RetroactiveMultiheadAttention(ContinualAttention):
     def delay(self) -> int:
         """Steps from a token to the last that answers its query: sequence_len - 1."""
         return self.sequence_len - 1
-
-    @classmethod
-    def build_from(cls, module: nn.MultiheadAttention, sequence_len: int,
-                   **options: Any) -> RetroactiveMultiheadAttention:
-        """A continual layer with a copy of the parameters and the mode of a plain one.
-
-        Args:
-            module: copied, not changed.
-            sequence_len: tokens in the window.
-            options: of this class; batch_first and dropout are the module's unless given.
-
-        Raises:
-            ConfigError: an option of the wrong kind.
-            InputTypeError: a module that is not an `nn.MultiheadAttention`.
-
-        Example:
-            >>> plain = nn.MultiheadAttention(16, 4, batch_first=True)
-            >>> RetroactiveMultiheadAttention.build_from(plain, 8).receptive_field
-            8
-        """
-        return cls._copied(module, sequence_len=sequence_len, **options)
 
     def _keep(self, state: StreamState | None) -> None:
         if state is None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 
 from bincompile.errors import ConfigError, InputError
 from bincompile.nn import arguments, score_bias
@@ -88,27 +85,6 @@ class SingleOutputMultiheadAttention(ContinualAttention):
     def delay(self) -> int:
         """Steps from a token to the step that answers its query; 0 for query_index -1."""
         return self.sequence_len - 1 - self.query_index % self.sequence_len
-
-    @classmethod
-    def build_from(cls, module: nn.MultiheadAttention, sequence_len: int,
-                   **options: Any) -> SingleOutputMultiheadAttention:
-        """A continual layer with a copy of the parameters and the mode of a plain one.
-
-        Args:
-            module: copied, not changed.
-            sequence_len: tokens in the window.
-            options: of this class; batch_first and dropout are the module's unless given.
-
-        Raises:
-            ConfigError: an option of the wrong kind.
-            InputTypeError: a module that is not an `nn.MultiheadAttention`.
-
-        Example:
-            >>> plain = nn.MultiheadAttention(16, 4, batch_first=True)
-            >>> SingleOutputMultiheadAttention.build_from(plain, 8).receptive_field
-            8
-        """
-        return cls._copied(module, sequence_len=sequence_len, **options)
 
     def _query_slots(self) -> int:
         return self.delay + 1

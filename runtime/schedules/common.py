@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 LANE = 16  # outputs of one vector
 VECTORS = 4  # vectors of one panel
@@ -14,6 +14,42 @@ WORD = 32  # bits of one packed word
 # "rows" for many rows, "panels" for few.
 MODES = {"serial": ("serial", "serial"), "rows": ("parallel", "serial"),
          "panels": ("serial", "parallel")}
+
+
+class Linear(NamedTuple):
+    """The buffers of a packed linear of symbolic rows; what it does without is None."""
+
+    rows: Any
+    x: Any
+    weight: Any
+    scale: Any
+    bias: Any
+    shift: Any
+    activation_scale: Any
+    out: Any
+
+
+def linear_buffers(T: Any, name: str, features: int, outputs: int, bias: bool, shift: bool,
+                   activation_scale: bool = False) -> Linear:
+    """Name the function being built, and declare its arguments in the order of `Linear`."""
+    words, panels = ceil_div(features, WORD), ceil_div(outputs, PANEL)
+    T.func_name(name)
+    T.func_attr({"global_symbol": name, "tirx.noalias": True})
+    rows = T.int64()
+
+    def argument(label: str, shape: tuple[Any, ...], dtype: str = "float32",
+                 align: int = 64) -> Any:
+        return T.match_buffer(T.arg(label, T.handle()), shape, dtype, align=align)
+
+    return Linear(
+        rows,
+        argument("x", (rows, features), align=4),
+        argument("weight", (panels, words, VECTORS, LANE), "uint32"),
+        argument("weight_scale", (panels * PANEL,)),
+        argument("bias", (panels * PANEL,)) if bias else None,
+        argument("shift", (words * WORD,)) if shift else None,
+        argument("activation_scale", (1,)) if activation_scale else None,
+        argument("out", (rows, outputs), align=4))
 
 
 def ceil_div(value: Any, by: int) -> Any:

@@ -22,6 +22,7 @@ from bincompile.runtime.schedules.common import (
     ceil_div,
     halving,
     lanes,
+    linear_buffers,
     load_tail,
     span,
     store_outputs,
@@ -73,21 +74,8 @@ def _function(T: Any, mode: str, features: int, outputs: int, bias: bool, shift:
     words, panels = ceil_div(features, WORD), ceil_div(outputs, PANEL)
     blocks_loop, panels_loop = (getattr(T, kind) for kind in MODES[mode])
     with T.prim_func():
-        T.func_name(mode)
-        T.func_attr({"global_symbol": mode, "tirx.noalias": True})
-        rows = T.int64()
-
-        def argument(name: str, shape: tuple[Any, ...], dtype: str = "float32",
-                     align: int = 64) -> Any:
-            return T.match_buffer(T.arg(name, T.handle()), shape, dtype, align=align)
-
-        x = argument("x", (rows, features), align=4)
-        weight = argument("weight", (panels, words, VECTORS, LANE), "uint32")
-        scale = argument("weight_scale", (panels * PANEL,))
-        added = argument("bias", (panels * PANEL,)) if bias else None
-        shifted = argument("shift", (words * WORD,)) if shift else None
-        given = None if row_scale else argument("activation_scale", (1,))
-        out = argument("out", (rows, outputs), align=4)
+        rows, x, weight, scale, added, shifted, given, out = linear_buffers(
+            T, mode, features, outputs, bias, shift, not row_scale)
         with T.attr(0, "pragma_import_llvm", HELPERS + tail_text(features)), \
                 blocks_loop(0, ceil_div(rows, BLOCK)) as block:
             bits = T.alloc_buffer((BLOCK, words), "uint32")

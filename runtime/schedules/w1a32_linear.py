@@ -21,6 +21,7 @@ from bincompile.runtime.schedules.common import (
     VECTORS,
     WORD,
     ceil_div,
+    linear_buffers,
     span,
     store_outputs,
 )
@@ -77,20 +78,8 @@ def _function(T: Any, mode: str, features: int, outputs: int, bias: bool, shift:
     words, panels = ceil_div(features, WORD), ceil_div(outputs, PANEL)
     blocks_loop, panels_loop = (getattr(T, kind) for kind in MODES[mode])
     with T.prim_func():
-        T.func_name(mode)
-        T.func_attr({"global_symbol": mode, "tirx.noalias": True})
-        rows = T.int64()
-
-        def argument(name: str, shape: tuple[Any, ...], dtype: str = "float32",
-                     align: int = 64) -> Any:
-            return T.match_buffer(T.arg(name, T.handle()), shape, dtype, align=align)
-
-        x = argument("x", (rows, features), align=4)
-        weight = argument("weight", (panels, words, VECTORS, LANE), "uint32")
-        scale = argument("weight_scale", (panels * PANEL,))
-        added = argument("bias", (panels * PANEL,)) if bias else None
-        shifted = argument("shift", (words * WORD,)) if shift else None
-        out = argument("out", (rows, outputs), align=4)
+        rows, x, weight, scale, added, shifted, _, out = linear_buffers(
+            T, mode, features, outputs, bias, shift)
 
         def tile(first: Any, height: int) -> None:
             sums = T.alloc_buffer((height, words * GROUPS, table), "float32")
