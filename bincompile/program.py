@@ -110,6 +110,29 @@ class Program:
         flat = self.signature.flatten(args, kwargs)
         return self.signature.unflatten(self.graph_module(*flat))
 
+    def to_dot(self) -> str:
+        """The graph as DOT text for Graphviz: modules are clusters, rewritten nodes coloured.
+
+        Example:
+            >>> import torch, bincompile as bc
+            >>> compiled = bc.optimize(torch.nn.Linear(4, 2).eval(), (torch.ones(3, 4),))
+            >>> print(compiled.program.to_dot().splitlines()[0])
+            digraph "Linear, lowered" {
+        """
+        from bincompile.views.dot import to_dot
+        from bincompile.views.graph import GraphView
+        from bincompile.views.marks import marks
+
+        view, placed = GraphView.of(self), {n.name for n in self.graph.nodes}
+        rewritten = any(r.node in placed for r in self.rewrites)
+        found = marks(self.matches, self.rewrites, self.refusals, view)
+        return to_dot(view, found, "after" if rewritten else "before")
+
+    def _repr_html_(self) -> str:
+        from bincompile.views.notebook import program_cell
+
+        return program_cell(self)
+
     def __str__(self) -> str:
         lines = [f"program at level {self.level}"]
         lines += (f"  {line}" for line in _lines(self.graph))
@@ -158,17 +181,24 @@ def _lines(graph: fx.Graph) -> Iterator[str]:
     for node in graph.nodes:
         if node.op == "get_attr":
             continue
-        if node.op == "output":
-            yield f"return {_show(node.args[0])}"
-            continue
         value, path = describe(node.meta.get("val")), owner(node)
-        if node.op == "placeholder":
+        if node.op == "output":
+            yield call_text(node)
+        elif node.op == "placeholder":
             yield f"input {node.name}: {value}"
-            continue
-        inside = ", ".join([*map(_show, node.args),
-                            *(f"{k}={_show(v)}" for k, v in node.kwargs.items())])
-        line = f"{node.name}: {value} = {target_name(node.target)}({inside})"
-        yield line + (f"  # {path}" if path else "")
+        else:
+            yield f"{node.name}: {value} = {call_text(node)}" + (f"  # {path}" if path else "")
+
+
+def call_text(node: fx.Node) -> str:
+    """What a node calls with which arguments, e.g. `aten.softmax.int(div, -1)`."""
+    if node.op == "output":
+        return f"return {_show(node.args[0])}"
+    if node.op == "placeholder":
+        return "input"
+    inside = ", ".join([*map(_show, node.args),
+                        *(f"{k}={_show(v)}" for k, v in node.kwargs.items())])
+    return f"{target_name(node.target)}({inside})"
 
 
 def target_name(target: Any) -> str:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from bincompile.errors import ConfigError
 from bincompile.program import Program
 from bincompile.record import Evidence, Match, Refusal, Rewrite
+from bincompile.views.cells import HEADERS, match_cells, refusal_cells, rewrite_cells
+from bincompile.views.dot import to_dot
+from bincompile.views.graph import GraphView
+from bincompile.views.marks import marks
+from bincompile.views.notebook import report_cell
+from bincompile.views.page import page, write_whole
+
+ORIGINALS = ("captured", "normal", "matched", "validated")  # before the first rewrite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +33,8 @@ class Report:
         rewrites: changes that were made, with the kernel that runs each and the bytes it reads.
         refusals: candidates that were declined, with the reason and the user's source line.
         notes: other decisions a reader should know of.
+        program: the program that they are of, with its earlier stages; its graphs are shown by
+            `to_html` and `to_dot`.
 
     Example:
         >>> import torch, bincompile as bc
@@ -34,6 +47,7 @@ class Report:
     rewrites: tuple[Rewrite, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
+    program: Program | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, program: Program, kernels: Mapping[str, str] | None = None) -> Report:
@@ -41,12 +55,78 @@ class Report:
         chosen = kernels or {}
         rewrites = tuple(dataclasses.replace(r, kernel=chosen.get(r.node, r.kernel))
                          for r in program.rewrites)
-        return cls(program.matches, rewrites, program.refusals, program.notes)
+        return cls(program.matches, rewrites, program.refusals, program.notes, program)
 
     @property
     def lossy(self) -> bool:
         """Whether any rewrite changed the precision."""
         return any(r.kind == "lossy" for r in self.rewrites)
+
+    @functools.cached_property
+    def graphs(self) -> dict[str, GraphView]:
+        """The graphs "before" the rewrites and "after" them, as text, as far as they are known.
+
+        A program that was loaded has lost the graph before.
+        """
+        if self.program is None:
+            return {}
+        earlier = [s for s in self.program.stages[:-1] if s.level in ORIGINALS]
+        return {side: GraphView.of(program)
+                for side, program in (*(("before", s) for s in earlier[-1:]),
+                                      ("after", self.program))}
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as one page that needs nothing else: tables, and graphs side by side.
+
+        A file that is there is replaced only when the new one is whole.
+
+        Args:
+            path: the file, e.g. "report.html".
+
+        Raises:
+            ConfigError: the path can't be written.
+
+        Example:
+            >>> import pathlib, tempfile, torch, bincompile as bc
+            >>> report = bc.inspect(torch.nn.Embedding(5, 4).eval(), (torch.tensor([[0, 3]]),))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     page = pathlib.Path(folder, "report.html")
+            ...     report.to_html(page)
+            ...     "bincompile.embedding" in page.read_text()
+            True
+        """
+        write_whole(path, page(self.summary(), self.matches, self.rewrites, self.refusals,
+                               self.notes, self.graphs))
+
+    def to_dot(self, side: str | None = None) -> str:
+        """The graph "before" or "after" as DOT text: modules are clusters, matches coloured.
+
+        Args:
+            side: which graph; without it the first that the report has.
+
+        Raises:
+            ConfigError: the report has no such graph, as one of a loaded model has none before.
+
+        Example:
+            >>> import torch, bincompile as bc
+            >>> report = bc.inspect(torch.nn.Embedding(5, 4).eval(), (torch.tensor([[0, 3]]),))
+            >>> report.to_dot().startswith("digraph")
+            True
+        """
+        side = side or next(iter(self.graphs), "before")
+        if side not in self.graphs:
+            raise ConfigError(f"side={side!r} of a report with the graphs {list(self.graphs)}",
+                              "'before' or 'after', as far as the report has them",
+                              "the side= argument, or a report of the model that was compiled here")
+        found = marks(self.matches, self.rewrites, self.refusals, self.graphs.get("after"))
+        return to_dot(self.graphs[side], found, side)
+
+    def _repr_html_(self) -> str:
+        return report_cell(self.summary(), self.matches, self.rewrites, self.refusals, self.notes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy for another process keeps the text of the graphs, not the weights."""
+        return {**self.__dict__, "graphs": self.graphs, "program": None}
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain lists, dicts, strings and numbers, which JSON can hold."""
@@ -64,14 +144,10 @@ class Report:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     def __str__(self) -> str:
-        sections = (
-            ("matches", ("path", "operator", "attributes", "proof"), map(_match_row, self.matches)),
-            ("rewrites", ("path", "operator", "kind", "kernel", "bytes", "now", "error"),
-             map(_rewrite_row, self.rewrites)),
-            ("refusals", ("path", "operator", "node", "reason", "source"),
-             map(_refusal_row, self.refusals)),
-        )
-        tables = [f"{title}\n{table(header, rows)}" for title, header, rows in sections
+        rows = {"matches": map(match_cells, self.matches),
+                "rewrites": map(rewrite_cells, self.rewrites),
+                "refusals": map(refusal_cells, self.refusals)}
+        tables = [f"{title}\n{table(header, rows[title])}" for title, header in HEADERS.items()
                   if getattr(self, title)]
         if self.notes:
             tables.append("notes\n" + "\n".join(f"  {note}" for note in self.notes))
@@ -128,35 +204,3 @@ def plain(value: Any) -> Any:
 def _fields(record: Any) -> dict[str, Any]:
     found = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     return {k: _fields(v) if isinstance(v, Evidence) else v for k, v in found.items()}
-
-
-def _match_row(match: Match) -> tuple[str, ...]:
-    return match.path or "(root)", match.operator, _attributes(match.attrs), _proof(match.evidence)
-
-
-def _rewrite_row(rewrite: Rewrite) -> tuple[Any, ...]:
-    error = "" if rewrite.max_error is None else f"{rewrite.max_error:.1e}"
-    return (rewrite.path or "(root)", rewrite.operator, rewrite.kind, rewrite.kernel,
-            rewrite.bytes_before, rewrite.bytes_after, error)
-
-
-def _refusal_row(refusal: Refusal) -> tuple[str, ...]:
-    return (refusal.path or "(root)", refusal.operator, refusal.node, refusal.reason,
-            refusal.source)
-
-
-def _attributes(attrs: Mapping[str, Any]) -> str:
-    def one(name: str, value: Any) -> str:
-        if value is True:
-            return name
-        return f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
-
-    return ", ".join(one(k, v) for k, v in attrs.items() if v is not None and v is not False)
-
-
-def _proof(evidence: Evidence | None) -> str:
-    if evidence is None:
-        return "not tried"
-    verdict = "" if evidence.passed else "failed: "
-    return (f"{verdict}{evidence.max_error:.1e} of {evidence.limit:.0e}, "
-            f"{evidence.trials} trials in {evidence.dtype}")

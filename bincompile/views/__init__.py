@@ -1,0 +1,1 @@
+"""Views: a program and its records as things to look at: one HTML page, notebook cells, DOT."""
