@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -33,6 +34,9 @@ class Family:
         sizes: (batch, length) of the example, then of further calls.
         unusual: facets that make the family worth having, in words.
         uncapturable: why torch can't export the model; empty where it can.
+        unseen: what a count at run time can't see, and why.
+        declined: for each attention instance that is refused on purpose, why.
+        like: the family that writes attention the same way and comes first in its place, if any.
     """
 
     name: str
@@ -45,6 +49,9 @@ class Family:
     sizes: tuple[tuple[int, int], ...] = SEQUENCES
     unusual: tuple[str, ...] = ()
     uncapturable: str = ""
+    unseen: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    declined: tuple[str, ...] = ()
+    like: str = ""
 
     def build(self, variant: str) -> nn.Module:
         """The model in eval mode; the same weights each time.
@@ -72,13 +79,15 @@ class Family:
     def cases(self, first: int = 0) -> Iterator[Case]:
         """One case for each variant, the variant of this index first."""
         for variant in (*self.variants[first:], *self.variants[:first]):
+            name = f"{self.like}/{self.name}-{variant}" if self.like else f"{self.name}/{variant}"
             yield Case(
-                f"transformers/{self.name}/{variant}", functools.partial(self.build, variant),
+                f"transformers/{name}", functools.partial(self.build, variant),
                 self.inputs, self.attention, self.look_ups, self.sizes, ("transformers",),
-                self.uncapturable, self.unusual)
+                self.uncapturable, self.unusual, self.unseen, self.declined)
 
 
 def cases_of(families: Iterable[Family]) -> tuple[Case, ...]:
-    """The cases of these families: "eager" comes first in every other one, else "sdpa"."""
-    return tuple(case for index, family in enumerate(families)
-                 for case in family.cases(index % len(family.variants)))
+    """The cases of these families: of those of two variants, every other one has "sdpa" first."""
+    turns = itertools.count()
+    return tuple(case for family in families
+                 for case in family.cases(next(turns) % 2 if len(family.variants) > 1 else 0))
