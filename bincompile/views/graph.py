@@ -50,7 +50,7 @@ class GraphView:
             >>> import torch, bincompile as bc
             >>> compiled = bc.optimize(torch.nn.Linear(4, 2).eval(), (torch.ones(3, 4),))
             >>> [node.name for node in GraphView.of(compiled.program).nodes]
-            ['input', 'linear', 'output']
+            ['input_1', 'linear', 'output']
         """
         nodes = [n for n in program.graph.nodes if n.op != "get_attr"]
         return cls(program.level, _model(nodes), tuple(map(_view, nodes)))
