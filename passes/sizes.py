@@ -22,8 +22,8 @@ Assignment = Mapping[sympy.Symbol, int]
 DRAWS = ((2, 5, 7, 3, 11, 13), (3, 4, 6, 9, 5, 8), (2, 1, 1, 1, 1, 1))
 
 
-def symbols(nodes: Iterable[fx.Node]) -> dict[sympy.Symbol, int]:
-    """The symbols in the sizes of these nodes, and the values that they had in the example."""
+def symbols(nodes: Iterable[Any]) -> dict[sympy.Symbol, int]:
+    """The symbols in the sizes of these nodes, or in sizes, and their values in the example."""
     found: dict[sympy.Symbol, int] = {}
     for node in nodes:
         value = value_of(node)
@@ -44,6 +44,25 @@ def assignments(nodes: Iterable[fx.Node]) -> list[dict[sympy.Symbol, int]]:
     order = sorted(set(example.values()))
     draws = [{s: draw[order.index(v) % len(draw)] for s, v in example.items()} for draw in DRAWS]
     return [*draws, example]
+
+
+def lengths(nodes: Iterable[fx.Node], tokens: tuple[Any, ...],
+            wanted: Iterable[int]) -> list[dict[sympy.Symbol, int]]:
+    """Numbers for the symbols, with those of token axes at each of the lengths that are wanted.
+
+    Token axes that differed in the example differ, in this order and in the other one; then come
+    the example's own numbers.
+    """
+    example = symbols([*nodes, *tokens])
+    moving = {s for size in tokens if isinstance(size, torch.SymInt)
+              for s in size.node.expr.free_symbols}
+    order = sorted({example[s] for s in moving if s in example})
+    found = []
+    for length in wanted if order else ():
+        for steps in (order, order[::-1])[:len(order)]:
+            found.append({s: length + 3 * steps.index(v) if v in order else 1 + (length < 100)
+                          for s, v in example.items()})
+    return [*found, example]
 
 
 def concrete(size: Any, numbers: Assignment) -> int:

@@ -75,7 +75,7 @@ FORMS: dict[str, tuple[dict[str, Any], Callable[[], list[Call]], dict[str, Any]]
         ((tensor(3, 5, 32), tensor(3, 4, 16), tensor(3, 4, 24)), {})], {}),
     "padding": ({}, lambda: [batch(2, 6, 9, key_padding_mask=padded(9, 4)),
                              batch(3, 5, 7, key_padding_mask=padded(7, 1, 3))],
-                {"mask": "additive"}),
+                {"mask": "padding"}),
     "padding as floats": ({}, lambda: [batch(2, 6, 9, key_padding_mask=tensor(2, 9))], {}),
     "nothing but padding": ({}, lambda: [
         batch(2, 6, 9, key_padding_mask=torch.ones(2, 9, dtype=torch.bool))], {}),

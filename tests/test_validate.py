@@ -115,7 +115,7 @@ def test_a_match_says_what_the_model_computes() -> None:
     compiled = bc.optimize(Spelled(mask_then_scale).eval(), shapes(STRAIGHT))
     attrs = compiled.report.matches[0].attrs
     assert attrs["scale"] == pytest.approx(0.35) and attrs["causal"] and attrs["heads"] is None
-    assert attrs["mask"] == "additive" and attrs["masked_row"] == "nan"
+    assert attrs["mask"] == "causal" and attrs["masked_row"] == "nan"
 
 
 # Wrong rules: a right candidate whose emitted operator is changed on the way.
