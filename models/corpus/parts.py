@@ -63,9 +63,10 @@ def ids(rows: int, *shape: int) -> Tensor:
 
 
 def cases_of(group: str, table: Sequence[tuple[str, Callable[[], nn.Module]]],
-             inputs: Callable[[int, int], Call] = tokens, **facts: Any) -> tuple[Case, ...]:
+             inputs: Callable[[int, int], Call] = tokens, attention: int = 0,
+             **facts: Any) -> tuple[Case, ...]:
     """One case for each "family/variant" and its module, alike in all else; eval mode."""
-    return tuple(Case(f"{group}/{name}", _evaluated(make), inputs, **facts)
+    return tuple(Case(f"{group}/{name}", _evaluated(make), inputs, attention, **facts)
                  for name, make in table)
 
 
