@@ -146,12 +146,25 @@ def _demo(options: argparse.Namespace) -> Outcome:
     return Outcome(result, demo.text(result), demo.succeeded(result))
 
 
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("--html", type=Path, metavar="FILE",
+                        help="also write the report as one page, with the graphs side by side")
+    parser.add_argument("--dot", type=Path, metavar="FILE",
+                        help="also write the graph before as DOT, for Graphviz")
+
+
 def _inspect(options: argparse.Namespace) -> Outcome:
     from bincompile.api import inspect
     from bincompile.source import load_source
+    from bincompile.views.page import write_whole
 
     source = load_source(options.model)
     report = inspect(source.model, source.args, source.kwargs)
+    if options.html:
+        report.to_html(options.html)
+    if options.dot:
+        write_whole(options.dot, report.to_dot() + "\n")
     return Outcome({"model": source.name, **report.to_dict()}, str(report))
 
 
@@ -170,17 +183,20 @@ def _optimize(options: argparse.Namespace) -> Outcome:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", default="kernels", metavar="SUITE | MODEL | FILE.bcz",
-                        help="kernels (default), layers, validate or import; or a model to time "
-                             "as it is and compiled; or a saved one")
+                        help="kernels (default), layers, validate, import or match; or a model "
+                             "to time as it is and compiled; or a saved one")
     parser.add_argument("--threads", type=_positive, nargs="+", default=[1, 2], metavar="N",
                         help="numbers of threads to measure with (default: 1 2)")
+    parser.add_argument("--only", nargs="+", default=(), metavar="NAME",
+                        help="of match: beginnings of names of cases, such as torch or "
+                             "transformers/bert, and times (default: all)")
 
 
 def _bench(options: argparse.Namespace) -> Outcome:
     from bincompile import bench, bench_model
 
     if options.what in bench.SUITES:
-        result = bench.run(options.what, options.threads)
+        result = bench.run(options.what, options.threads, options.only)
         return Outcome(result, bench.table(result))
     result = bench_model.run(options.what, options.threads)
     return Outcome(result, bench_model.text(result))
@@ -195,7 +211,8 @@ def _env(options: argparse.Namespace) -> Outcome:
 
 VERBS = {
     "demo": Verb("compile a bundled binary model and measure it", _add_threads, _demo),
-    "inspect": Verb("what would be found, proven, rewritten and refused", _add_model, _inspect),
+    "inspect": Verb("what would be found, proven, rewritten and refused", _add_inspect,
+                    _inspect),
     "optimize": Verb("compile a model and save it", _add_optimize, _optimize),
     "bench": Verb("times against the float peers, measured in one run", _add_bench, _bench),
     "env": Verb("versions, instruction set, kernels and why not", _no_options, _env),

@@ -49,7 +49,8 @@ def attribute_texts(attrs: Mapping[str, Any]) -> list[str]:
             return name
         return f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
 
-    return [one(k, v) for k, v in attrs.items() if v is not None and v is not False]
+    return [one(k, v) for k, v in attrs.items()
+            if v is not None and v is not False and v != () and v != ""]
 
 
 def proof(evidence: Evidence | None) -> str:
@@ -59,6 +60,28 @@ def proof(evidence: Evidence | None) -> str:
     verdict = "" if evidence.passed else "failed: "
     return (f"{verdict}{evidence.max_error:.1e} of {evidence.limit:.0e}, "
             f"{evidence.trials} trials in {evidence.dtype}")
+
+
+def match_facts(match: Match) -> tuple[tuple[str, str], ...]:
+    """All that is known of a match, each fact with its name."""
+    return (("attributes", attributes(match.attrs)), ("proof", proof(match.evidence)),
+            ("found by", match.pattern), ("source", match.source))
+
+
+def rewrite_text(rewrite: Rewrite) -> str:
+    """A rewrite as one text.
+
+    Example:
+        >>> rewrite_text(Rewrite("embedding", "table", "exact", "torch-embedding", 64, 64, 0.0))
+        'exact, run by torch-embedding, reads 64 bytes of weights (were 64), error 0.0e+00'
+    """
+    parts = [rewrite.kind, f"run by {rewrite.kernel}" if rewrite.kernel else ""]
+    if rewrite.bytes_before or rewrite.bytes_after:
+        parts.append(f"reads {rewrite.bytes_after:,} bytes of weights "
+                     f"(were {rewrite.bytes_before:,})")
+    if rewrite.max_error is not None:
+        parts.append(f"error {rewrite.max_error:.1e}")
+    return ", ".join(filter(None, parts))
 
 
 def short_source(source: str) -> str:

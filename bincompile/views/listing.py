@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from html import escape
 
@@ -38,16 +37,13 @@ def listing(graph: GraphView, found: Sequence[Mark], side: str,
 
 
 def _opened(items: Sequence[Section | NodeView]) -> set[int]:
-    """The sections that are open at first: outer ones before inner ones, as long as it is few."""
+    """The sections that are open at first: all of one depth or none, as long as lines are few."""
     opened, visible = set[int](), len(items)
-    pending = deque(i for i in items if isinstance(i, Section))
-    while pending:
-        section = pending.popleft()
-        if visible + len(section.items) > OPEN_LINES:
-            continue
-        visible += len(section.items)
-        opened.add(id(section))
-        pending += [i for i in section.items if isinstance(i, Section)]
+    level = [i for i in items if isinstance(i, Section)]
+    while level and visible + (more := sum(len(s.items) for s in level)) <= OPEN_LINES:
+        visible += more
+        opened |= set(map(id, level))
+        level = [i for s in level for i in s.items if isinstance(i, Section)]
     return opened
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from bincompile.record import Match, Refusal, Rewrite
+from bincompile.views.cells import match_facts, rewrite_text
 from bincompile.views.graph import GraphView
 
 # Steps of the golden section: neighbours differ, and no hue repeats early. Red is for refusals.
@@ -22,6 +23,7 @@ class Mark:
         before: names of its nodes in the graph before.
         after: names of its nodes in the graph after.
         hue: its colour in degrees; None for a refusal, which has the colour of warnings.
+        facts: what is known of it, each with its name.
     """
 
     key: str
@@ -29,6 +31,7 @@ class Mark:
     before: tuple[str, ...]
     after: tuple[str, ...]
     hue: float | None
+    facts: tuple[tuple[str, str], ...] = ()
 
 
 def marks(matches: Sequence[Match], rewrites: Sequence[Rewrite], refusals: Sequence[Refusal],
@@ -43,16 +46,20 @@ def marks(matches: Sequence[Match], rewrites: Sequence[Rewrite], refusals: Seque
     """
     owners = rewrites_of(matches, rewrites)
     placed: dict[str, list[str]] = {}
-    for index, rewrite in enumerate(rewrites):
-        placed.setdefault(owners[index], []).extend(_placed(rewrite.node, after))
-    found = [(f"match-{i}", m.operator, m.path, m.nodes or (m.node,))
+    made: dict[str, list[tuple[str, str]]] = {}
+    for key, rewrite in zip(owners, rewrites, strict=True):
+        placed.setdefault(key, []).extend(_placed(rewrite.node, after))
+        made.setdefault(key, []).append(("rewrite", rewrite_text(rewrite)))
+    found: list[tuple[str, Match | Rewrite, tuple[str, ...], tuple[tuple[str, str], ...]]]
+    found = [(f"match-{i}", m, m.nodes or (m.node,), match_facts(m))
              for i, m in enumerate(matches)]
-    found += [(f"rewrite-{i}", r.operator, r.path, (r.replaces,))
+    found += [(f"rewrite-{i}", r, (r.replaces,), ())
               for i, r in enumerate(rewrites) if owners[i] == f"rewrite-{i}"]
-    coloured = [Mark(key, _label(operator, path), tuple(filter(None, before)),
-                     tuple(placed.get(key, ())), _hue(index))
-                for index, (key, operator, path, before) in enumerate(found)]
-    refused = [Mark(f"refusal-{i}", _label(r.operator, r.path), (r.node,), (r.node,), None)
+    coloured = [Mark(key, _label(record), tuple(filter(None, before)), tuple(placed.get(key, ())),
+                     _hue(index), (*facts, *made.get(key, ())))
+                for index, (key, record, before, facts) in enumerate(found)]
+    refused = [Mark(f"refusal-{i}", _label(r), (r.node,), (r.node,), None,
+                    (("refused", r.reason), ("source", r.source)))
                for i, r in enumerate(refusals)]
     return (*coloured, *refused)
 
@@ -75,8 +82,8 @@ def _hue(index: int) -> float:
     return round(FIRST_HUE + HUES * ((index + 0.5) * GOLDEN % 1), 1)
 
 
-def _label(operator: str, path: str) -> str:
-    return f"{operator} {path or '(root)'}"
+def _label(record: Match | Rewrite | Refusal) -> str:
+    return f"{record.operator} {record.path or '(root)'}"
 
 
 def _placed(name: str, after: GraphView | None) -> list[str]:

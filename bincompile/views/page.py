@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -48,7 +49,7 @@ def page(summary: str, matches: Sequence[Match], rewrites: Sequence[Rewrite],
     folder = Path(__file__).parent
     read = {name: (folder / name).read_text(encoding="utf-8")
             for name in ("report.html", "report.css", "report.js")}
-    data = {"marks": [_mark_data(m) for m in found], "sources": sources.lines}
+    data = {"marks": [dataclasses.asdict(m) for m in found], "sources": sources.lines}
     return Template(read["report.html"]).substitute(
         title=escape(title), summary=escape(summary), style=read["report.css"],
         script=read["report.js"], tiles="".join(_tiles(matches, rewrites, refusals, graphs)),
@@ -167,11 +168,6 @@ def _proof(evidence: Evidence | None) -> str:
     verdict = "proven" if passed else "not tried" if evidence is None else "failed"
     details = "" if evidence is None else f'<span class="dim">{escape(proof(evidence))}</span>'
     return f'<span class="verdict {"good" if passed else "bad"}">{verdict}</span> {details}'
-
-
-def _mark_data(mark: Mark) -> dict[str, Any]:
-    return {"key": mark.key, "label": mark.label, "before": mark.before, "after": mark.after,
-            "hue": mark.hue}
 
 
 def _panel(side: str, graphs: Mapping[str, GraphView], found: Sequence[Mark],

@@ -32,11 +32,8 @@ function reveal(node) {
     at.open = true;
   }
   const lines = node.closest(".lines");
-  // Twice: sections that were not laid out yet get their true height by being scrolled to.
-  for (let pass = 0; pass < 2; pass += 1) {
-    const offset = node.getBoundingClientRect().top - lines.getBoundingClientRect().top;
-    lines.scrollTop += offset - lines.clientHeight / 3;
-  }
+  const offset = node.getBoundingClientRect().top - lines.getBoundingClientRect().top;
+  lines.scrollTop += offset - lines.clientHeight / 3;
 }
 
 const users = new Map();
@@ -102,19 +99,6 @@ function openSheet(title, hue, entries) {
   sheet.scrollTop = 0;
 }
 
-function cellsOf(row) {
-  const heads = [...row.closest("table").querySelectorAll("th")].map((head) => head.textContent);
-  const table = row.closest("details").id;
-  return [...row.cells].map((cell, index) => [heads[index], cell])
-    .filter(([name, cell]) => cell.textContent && !(name === "operator" || name === "module"))
-    .map(([name, cell]) => {
-      const copies = [...cell.childNodes].map((child) => child.cloneNode(true));
-      const source = copies.find((child) => child.className === "source");
-      if (source) source.textContent = source.title;
-      return [table === "rewrites" ? `rewrite: ${name}` : name, copies];
-    });
-}
-
 function selectMark(key, go = true) {
   const mark = marks.get(key);
   if (!mark) return;
@@ -122,8 +106,8 @@ function selectMark(key, go = true) {
   selected = key;
   const chosen = [...document.querySelectorAll(`[data-mark="${key}"]`)];
   for (const one of [...chosen, ...nodesOf(mark)]) one.classList.add("selected");
-  const rows = chosen.filter((one) => one.tagName === "TR");
-  const entries = rows.flatMap(cellsOf);
+  const entries = mark.facts.filter(([, text]) => text)
+    .map(([name, text]) => [name, name === "source" ? element("code", text) : text]);
   for (const side of sides) {
     const nodes = mark[side].map((name) => nodeOf(side, name)).filter(Boolean);
     if (nodes.length) {
