@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bincompile.models.corpus.transformers_families import Family, cases_of
+from bincompile.models.corpus.transformers_families import CHUNKS, SLIDING, Family, cases_of
 from bincompile.models.corpus.transformers_inputs import (
     VOCABULARY,
     floats,
@@ -62,9 +62,6 @@ FAMILIES = (
            like="t5"),
     Family("umt5", "UMT5Model", t5_like(), BOTH_PADDED, 6, 6,
            unusual=("relative bias of each layer",)),
-    Family("switch_transformers", "SwitchTransformersModel",
-           t5_like(num_experts=2, num_sparse_encoder_layers=0, num_sparse_decoder_layers=0),
-           BOTH_PADDED, 6, 4, variants=("eager",), like="t5"),
     Family("longt5", "LongT5Model", t5_like(encoder_attention_type="local", local_radius=3),
            BOTH_PADDED, 6, 4, variants=("eager",)),
     Family("t5-encoder", "T5EncoderModel", t5_like(is_gated_act=True), tokens(), 2, 2,
@@ -94,7 +91,7 @@ FAMILIES = (
     Family("led", "LEDModel", bart_like(attention_window=4, max_encoder_position_embeddings=64,
                                         max_decoder_position_embeddings=64),
            SAME_PAIRS, 6, 4, variants=("eager",), sizes=((2, 8), (3, 12), (1, 4)),
-           unusual=("sliding chunks",)),
+           unusual=("sliding chunks",), uncapturable=SLIDING, unseen=CHUNKS),
     Family("bigbird_pegasus", "BigBirdPegasusModel", bart_like(attention_type="original_full"),
            PAIRS, 6, 4, variants=("eager",), like="bart"),
     Family("nllb_moe", "NllbMoeModel",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bincompile.models.corpus.transformers_families import Family, cases_of
+from bincompile.models.corpus.transformers_families import CHUNKS, SLIDING, Family, cases_of
 from bincompile.models.corpus.transformers_inputs import (
     VOCABULARY,
     integers,
@@ -49,9 +49,6 @@ FAMILIES = (
            ROBERTA_TOKENS, 2, 3, like="bert"),
     Family("xlm-roberta-xl", "XLMRobertaXLModel", bert_like(pad_token_id=1), ROBERTA_TOKENS, 2, 3,
            like="bert"),
-    Family("xmod", "XmodModel", bert_like(pad_token_id=1, languages=["en_XX", "de_DE"],
-                                          default_language="en_XX", adapter_reduction_factor=2),
-           ROBERTA_TOKENS, 2, 3, like="bert"),
     Family("distilbert", "DistilBertModel",
            {"vocab_size": VOCABULARY, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40,
             "max_position_embeddings": 64}, tokens(), 2, 2),
@@ -117,7 +114,9 @@ FAMILIES = (
     Family("big_bird", "BigBirdModel", bert_like(attention_type="original_full"), tokens(), 2, 3,
            variants=("eager",), like="bert"),
     Family("longformer", "LongformerModel", bert_like(attention_window=4, pad_token_id=1),
-           ROBERTA_TOKENS, 2, 3, variants=("eager",)),
+           ROBERTA_TOKENS, 2, 3, variants=("eager",),
+           sizes=((2, 8), (3, 12), (1, 4)), unusual=("sliding chunks",), uncapturable=SLIDING,
+           unseen=CHUNKS),
     Family("canine", "CanineModel",
            bert_like(num_hash_functions=2, num_hash_buckets=16, local_transformer_stride=4,
                      upsampling_kernel_size=4, downsampling_rate=4), tokens(), 5, 4,

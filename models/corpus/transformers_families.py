@@ -16,6 +16,8 @@ from bincompile.models.corpus.transformers_inputs import Inputs
 
 SEED, SPREAD = 0, 0.15
 SEQUENCES = ((2, 7), (3, 11), (1, 4))
+SLIDING = "the number of chunks is computed as a tensor"
+CHUNKS = {"attention": "the weights are padded, skewed and cut into chunks before the values"}
 IMAGES = ((2, 1), (3, 1), (1, 1))  # no length
 
 
