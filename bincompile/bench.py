@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import bincompile
-from bincompile import report
+from bincompile import bench_match, report
 from bincompile.api import optimize
 from bincompile.errors import ConfigError, KernelError
 from bincompile.nn import BMHA, BinaryLinear
@@ -33,33 +33,47 @@ Row = dict[str, Any]
 Candidates = dict[str, Callable[[], Any]]
 
 
-def run(suite: str, threads: Sequence[int]) -> dict[str, Any]:
+def run(suite: str, threads: Sequence[int], only: Sequence[str] = ()) -> dict[str, Any]:
     """Measure a suite, each number of threads in a process of its own.
 
     Args:
         suite: a name of `SUITES`: "kernels" (a compiled BinaryLinear against nn.Linear in float32
             and dynamic int8), "layers" (a compiled BMHA against nn.MultiheadAttention, eager and
-            torch.compile), "validate" (one proof) or "import".
+            torch.compile), "validate" (one proof), "import", or "match" (what is recognised in
+            the corpus, by us and by torch.compile; on the first number of threads alone).
         threads: numbers of threads.
+        only: which part of "match": beginnings of names of cases, or "times".
 
     Returns:
         `{"suite", "load", "rows"}`; a row has `case`, `threads`, `ms` (median of each candidate)
-        and `speedup` (time of each peer over ours). `load` is the machine's load average at the
-        start: other work on the same cores makes times on several threads worthless.
+        and `speedup` (time of each peer over ours), in "match" also `counts`. `load` is the
+        machine's load average at the start: other work on the same cores makes times on several
+        threads worthless.
 
     Raises:
-        ConfigError: there is no such suite.
+        ConfigError: there is no such suite, or it has no parts.
         KernelError: the measuring process failed.
     """
     if suite not in SUITES:
         raise ConfigError(f"the suite {suite!r}", ", ".join(SUITES), "the suite's name")
+    if only and suite != MATCH:
+        raise ConfigError(f"only={list(only)} of the suite {suite!r}", f"parts of {MATCH!r}",
+                          "leave only= out")
     load = os.getloadavg()[0]
-    rows = [row for count in threads for row in _in_own_process(suite, count)]
+    threads = threads[:1] if suite == MATCH else threads
+    rows = [row for count in threads for row in _in_own_process(suite, count, *only)]
     return {"suite": suite, "load": load, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result of `run` as a table."""
+    """The result of `run` as a table; counts, where there are any, are one of their own."""
+    counted = [row for row in result["rows"] if row.get("counts")]
+    timed = [row for row in result["rows"] if not row.get("counts")]
+    parts = [bench_match.text(counted)] if counted else []
+    return "\n".join(parts + ([_times(result | {"rows": timed})] if timed else []))
+
+
+def _times(result: dict[str, Any]) -> str:
     names = list(dict.fromkeys(name for row in result["rows"] for name in row["ms"]))
     peers = list(dict.fromkeys(name for row in result["rows"] for name in row["speedup"]))
     head = ("case", "threads", *(f"{n} ms" for n in names), *(f"x {p}" for p in peers))
@@ -74,10 +88,10 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _in_own_process(suite: str, threads: int) -> list[Row]:
+def _in_own_process(suite: str, threads: int, *only: str) -> list[Row]:
     root = str(Path(bincompile.__file__).parent.parent)
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run([sys.executable, "-m", "bincompile.bench", suite, str(threads)],
+    done = subprocess.run([sys.executable, "-m", "bincompile.bench", suite, str(threads), *only],
                           env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
     if done.returncode:
         raise KernelError(f"measuring {suite!r} failed: {done.stderr.strip()[-500:]}",
@@ -169,14 +183,16 @@ def _import(processes: int = 7) -> Iterator[Row]:
            "ms": {"torch": torchs, OURS: ours}, "speedup": {}}
 
 
-SUITES: dict[str, Callable[[], Iterator[Row]]] = {
-    "kernels": _kernels, "layers": _layers, "validate": _validate, "import": _import}
+MATCH = "match"
+SUITES: dict[str, Callable[..., Iterator[Row]]] = {
+    "kernels": _kernels, "layers": _layers, "validate": _validate, "import": _import,
+    MATCH: bench_match.rows}
 
 
-def _main(suite: str, threads: str) -> None:
+def _main(suite: str, threads: str, *only: str) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(int(threads))
-    print(json.dumps(list(SUITES[suite]())))
+    print(json.dumps(list(SUITES[suite](*only))))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from bincompile import bench
+from bincompile import bench, bench_match
 from bincompile.errors import ConfigError, KernelError
+from bincompile.models.corpus import Case
 
 
 def test_the_kernel_suite_times_ours_and_both_peers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +49,46 @@ def test_a_table_has_a_line_for_each_case_and_a_dash_for_what_was_not_measured()
     assert "layers" in lines[0] and "0.2" in lines[0] and "x eager" in lines[1]
     assert lines[2].split() == ["a", "1", "0.500", "4.000", "8.0"]
     assert lines[3].split() == ["b", "2", "0.250", "-", "-"]
+
+
+class Plain(nn.Module):
+    """Attention over the keys, and the same over the heads, which is none."""
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        over_keys = torch.softmax(q @ k.transpose(-2, -1) / 4.0, dim=-1) @ v
+        return over_keys + torch.softmax(q @ k.transpose(-2, -1) / 2.0, dim=1) @ v
+
+
+def heads(batch: int, length: int) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    return tuple(torch.randn(batch, 4, length, 16) for _ in range(3)), {}
+
+
+CORPUS = (
+    Case("written/plain/one", lambda: Plain().eval(), heads, attention=1),
+    Case("tables/plain/one", lambda: nn.Embedding(9, 4).eval(),
+         lambda b, n: ((torch.arange(n).repeat(b, 1),), {}), attention=0, look_ups=1),
+    Case("tables/missing/one", Plain, heads, attention=1, needs=("no_such_package",)),
+)
+
+
+def test_the_match_suite_counts_ours_and_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile takes the softmax over the heads for attention too, and is wrong."""
+    monkeypatch.setattr(bench_match, "cases", lambda: CORPUS)
+    rows = list(bench_match.rows("written", "tables"))
+    counts = {row["case"]: row["counts"] for row in rows}
+    assert list(counts) == ["written", "tables", "all"]
+    assert counts["written"] == dict.fromkeys(counts["written"], 0) | {
+        "models": 1, "attention": 1, "found": 1, "torch_fused": counts["written"]["torch_fused"],
+        "torch_wrong": 1}
+    assert counts["written"]["torch_fused"] >= 1
+    assert (counts["tables"]["look_ups"], counts["tables"]["look_ups_found"]) == (1, 1)
+    assert counts["all"]["models"] == 2 and counts["all"]["skipped"] == 1
+    shown = bench.table({"suite": "match", "load": 0.0, "rows": rows}).splitlines()
+    assert len(shown) == 5 and "found: 1/1 (100.0 %)" in shown[4]
+    with pytest.raises(ConfigError, match="begins with nothing"):
+        list(bench_match.rows("nothing"))
+    with pytest.raises(ConfigError, match="parts of 'match'"):
+        bench.run("kernels", [1], ["written"])
 
 
 def test_an_unknown_suite_and_a_process_that_fails_are_errors() -> None:
