@@ -27,6 +27,7 @@ def pyramid_like(**settings: Any) -> dict[str, Any]:
             "patch_sizes": [7, 3], "strides": [4, 2]} | settings
 
 
+COMPUTED = {"look_ups": "the table is computed from stored ones at every call"}
 RESNET = {"backbone": None, "use_timm_backbone": False, "use_pretrained_backbone": False,
           "backbone_config": {"model_type": "resnet", "embedding_size": 8, "depths": [1, 1],
                               "hidden_sizes": [8, 16], "layer_type": "basic",
@@ -38,17 +39,17 @@ DETECTOR = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_at
 FAMILIES = (
     Family("vit", "ViTModel", vit_like(), pixels(), 2, sizes=IMAGES),
     Family("deit", "DeiTModel", vit_like(), pixels(), 2, sizes=IMAGES, like="vit"),
-    Family("beit", "BeitModel", vit_like(use_relative_position_bias=True), pixels(), 2,
-           sizes=IMAGES, unusual=("relative bias from a resized table",)),
+    Family("beit", "BeitModel", vit_like(use_relative_position_bias=True), pixels(), 2, 2,
+           sizes=IMAGES, unusual=("relative bias from a resized table",), unseen=COMPUTED),
     Family("data2vec-vision", "Data2VecVisionModel",
-           vit_like(use_shared_relative_position_bias=True), pixels(), 2, sizes=IMAGES,
-           like="beit"),
+           vit_like(use_shared_relative_position_bias=True), pixels(), 2, 2, sizes=IMAGES,
+           like="beit", unseen=COMPUTED),
     Family("swin", "SwinModel", swin_like(), pixels(), 3, 3, variants=("eager",), sizes=IMAGES,
            unusual=("windows", "relative bias from an indexed table")),
-    Family("swinv2", "Swinv2Model", swin_like(), pixels(), 3, variants=("eager",),
-           sizes=IMAGES, unusual=("cosine", "learned scale")),
+    Family("swinv2", "Swinv2Model", swin_like(), pixels(), 3, 3, variants=("eager",),
+           sizes=IMAGES, unusual=("cosine", "learned scale"), unseen=COMPUTED),
     Family("swin2sr", "Swin2SRModel", swin_like(image_size=8, patch_size=1, upscale=2), pixels(8),
-           3, variants=("eager",), sizes=IMAGES, like="swinv2"),
+           3, 3, variants=("eager",), sizes=IMAGES, like="swinv2", unseen=COMPUTED),
     Family("donut-swin", "DonutSwinModel", swin_like(), pixels(), 3, 3, variants=("eager",),
            sizes=IMAGES, like="swin"),
     Family("maskformer-swin", "MaskFormerSwinModel", swin_like(), pixels(), 3, 3,
@@ -111,8 +112,8 @@ FAMILIES = (
            sizes=IMAGES, unusual=("rope of three directions",)),
     Family("sam-vision", "SamVisionModel",
            vit_like(output_channels=8, window_size=2, global_attn_indexes=[1], mlp_dim=40,
-                    num_pos_feats=4), pixels(), 2, sizes=IMAGES,
-           unusual=("relative terms of rows and columns",), like="vitdet"),
+                    num_pos_feats=4), pixels(), 2, 4, sizes=IMAGES,
+           unusual=("relative terms of rows and columns",), like="vitdet", unseen=COMPUTED),
     Family("aimv2-vision", "Aimv2VisionModel", vit_like(), pixels(), 3, 1, sizes=IMAGES,
            unusual=("pooling attention",)),
     Family("detr", "DetrModel", DETECTOR | RESNET, pixels(32), 6, sizes=IMAGES,
