@@ -5,300 +5,227 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from bincompile.ops.attention import attention
-from bincompile.passes.axes import LAYOUTS, Contraction, contraction, source
+from bincompile.passes.axes import LAYOUTS, Contraction, readings, source
+from bincompile.passes.emit_attention import Found, emit, inputs_of, moves_of, total_trail
 from bincompile.passes.facets import of_operator, of_softmax
 from bincompile.passes.graph import aten, depends, shape_of, users, value_of
+from bincompile.passes.mixing import MIXES, mixing_of
 from bincompile.passes.patterns import Candidate, Context, owner_of
-from bincompile.passes.scores import (
-    CASTS,
-    Declined,
-    Scores,
-    Term,
-    check_precision,
-    read_scores,
-    step,
-)
+from bincompile.passes.placed import Declined, Mixing, Place, Scores
+from bincompile.passes.scores import CASTS, check_precision, read_scores, step
+from bincompile.passes.sizes import equal
+from bincompile.passes.trail import plan_of
 
 Values = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """The parts of an attention around a softmax; `by_left`: the queries are the left operand."""
+class Softmax:
+    """A softmax as it is spelled.
 
-    scores: Scores
-    by_left: bool
-    softmax: fx.Node
-    product: Contraction  # with the values
-    at_values: Scores  # axes of the probabilities where they meet the values
-    probabilities_left: bool
-    need_weights: bool
-    masked_row: str
+    Args:
+        node: where the probabilities are, or where they would be but for their sums.
+        scores: what it is taken of.
+        axis: the axis that it is taken over.
+        masked_row: what a row of -inf alone gives.
+        totals: sums that the product with the values is divided by, where the probabilities are
+            not; with the node of that division.
+        overflows: exp is taken of the scores as they are.
+    """
 
-    @property
-    def places(self) -> tuple[Scores | Term, ...]:
-        """Everything that has axes of its own."""
-        return (self.scores, self.at_values, *self.scores.terms, *self.scores.masks)
-
-    @property
-    def first(self) -> Contraction:
-        """The product of query and key."""
-        return self.scores.product
-
-    def oriented(self, axes: tuple[int, int, int]) -> tuple[int, int]:
-        """Where the queries and the keys stand."""
-        _, left, right = axes
-        return (left, right) if self.by_left else (right, left)
+    node: fx.Node
+    scores: fx.Node
+    axis: int
+    masked_row: str = "nan"
+    totals: tuple[fx.Node, fx.Node] | None = None
+    overflows: bool = False
 
 
-def around_softmax(softmax: fx.Node, axis: int, masked_row: str,
-                   context: Context) -> Candidate | None:
-    """The candidate around a softmax over `axis`; None if there is no product before it."""
-    read = read_scores(softmax.args[0], context)
+def around_softmax(softmax: Softmax, context: Context) -> Candidate | None:
+    """The candidate around a softmax; None if there is no product before it."""
+    node = softmax.node
+    read = read_scores(softmax.scores, node, softmax.axis, context)
     if read is None:
         return None
     scores, path = read
-    check_precision(scores, softmax)
-    rank, left, right = scores.axes
-    if axis % rank not in (left, right):
-        raise Declined(f"softmax over dimension {axis % rank - rank} of the scores: it has to be "
-                       "the axis of the keys", softmax)
-    by_left = axis % rank == right
+    check_precision(scores, node)
+    labels = scores.place.labels
+    by_left = labels[softmax.axis % len(labels)] == scores.product.own[1]
     query, key = _operands(scores.product, by_left)
     if key not in context.activations:
         raise Declined("the keys are stored weights, not computed from an input", path[0])
-    _check_features(scores.product, query, key)
-    found = _find_values(softmax, scores, by_left, masked_row, context)
-    value = _value(found)
-    if value not in context.activations:
+    _check_features(scores.product)
+    found = _find_values(softmax, scores, by_left, context)
+    if found.value not in context.activations:
         raise Declined("the values are stored weights, not computed from an input",
                        found.product.node)
-    return Candidate("attention", softmax, dict(_inputs(found, query, key, value)),
-                     (found.product.node, *([softmax] if found.need_weights else [])),
-                     lambda build, values: _emit(found, build, values),
-                     of_softmax(found, query, key, context),
-                     owner_of((path[0], softmax, found.product.node)))
+    inputs, found = _with_sizes(found, query, key)
+    attrs = of_softmax(found, query, key, context)
+    if softmax.overflows:
+        attrs = {**attrs, "overflows": True}
+    outputs = (found.result, *(found.weights or ())[:1])
+    return Candidate("attention", softmax.node, inputs, outputs,
+                     lambda build, values: emit(found, build, values), attrs,
+                     owner_of((path[0], node, found.product.node)))
 
 
 def _operands(product: Contraction, by_left: bool) -> tuple[fx.Node, fx.Node]:
     return (product.left, product.right) if by_left else (product.right, product.left)
 
 
-def _value(found: Found) -> fx.Node:
-    return found.product.right if found.probabilities_left else found.product.left
-
-
-def _check_features(product: Contraction, query: fx.Node, key: fx.Node) -> None:
+def _check_features(product: Contraction) -> None:
     """Attention sums over features; channel attention sums over tokens and is something else."""
     for node, axes in ((product.left, product.left_axes), (product.right, product.right_axes)):
         origin, axis = source(node, axes.index(product.contracted))
-        if origin.target is aten.linear.default and axis != len(shape_of(origin)) - 1:
+        rank = len(shape_of(origin))
+        features = _FEATURE_AXIS.get(origin.target)
+        if features is not None and axis != features % rank:
             raise Declined("query and key are multiplied over tokens, not over features",
                            product.node)
 
 
-def _find_values(softmax: fx.Node, scores: Scores, by_left: bool, masked_row: str,
-                 context: Context) -> Found:
+_FEATURE_AXIS = {aten.linear.default: -1, aten.conv1d.default: 1, aten.conv2d.default: 1,
+                 aten.conv3d.default: 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Probabilities:
+    """The probabilities on their way to the values."""
+
+    node: fx.Node
+    at: Scores
+    row: str
+    shared: tuple[fx.Node, Place] | None = None  # the first node that has several readers
+    coarsest: float = 0.0  # the largest relative rounding of a cast
+    changed: fx.Node | None = None  # the last node that changed them
+    mixing: Mixing | None = None
+
+
+def _find_values(softmax: Softmax, scores: Scores, by_left: bool, context: Context) -> Found:
     """Follow the probabilities to the product that sums over the keys."""
-    reason = Declined("no product with values follows the softmax", softmax)
-    pending: list[tuple[fx.Node, Scores, str, bool]] = [(softmax, scores, masked_row, False)]
+    reason = Declined("no product with values follows the softmax", softmax.node)
+    pending = [_Probabilities(softmax.node, scores, softmax.masked_row)]
     while pending:
-        node, at, row, shared = pending.pop()
-        reads = list(users(node))
-        shared = shared or len(reads) > 1
+        now = pending.pop()
+        reads = [n for n in users(now.node) if softmax.totals is None or n not in softmax.totals]
+        if now.shared is None and len(reads) > 1:
+            now = dataclasses.replace(now, shared=(now.node, now.at.place))
         for user in reads:
-            product = contraction(user)
-            if product is not None:
-                found = _at_values(user, product, node, at, softmax, scores, by_left, row, shared)
-                if isinstance(found, Found):
-                    return found
-                reason = found
-            elif user.target in (*LAYOUTS, *CASTS):
-                try:
-                    pending.append((user, step(at, user, 0, context), row, shared))
-                except Declined as declined:
-                    reason = declined
-            elif user.target is aten.nan_to_num.default and not any(user.args[1:2]):
-                pending.append((user, at, "zero", shared))
-            else:
-                reason = Declined(f"{user.target} changes the probabilities", user)
+            try:
+                found = _next(now, user, softmax, scores, by_left, context)
+            except Declined as declined:
+                reason = declined
+                continue
+            if isinstance(found, Found):
+                return found
+            pending.append(found)
     raise reason
 
 
-def _at_values(user: fx.Node, product: Contraction, node: fx.Node, at: Scores, softmax: fx.Node,
-               scores: Scores, by_left: bool, row: str, shared: bool) -> Found | Declined:
-    if (product.left is node) == (product.right is node) or product.added or product.factor != 1:
-        return Declined("the probabilities are multiplied by themselves or scaled", user)
-    is_left = product.left is node
-    axes = product.left_axes if is_left else product.right_axes
-    found = Found(scores, by_left, softmax, product, at, is_left, shared, row)
-    query, key = found.oriented(at.axes)
-    if axes[key] != product.contracted or axes[query] != product.own[not is_left]:
-        return Declined("the product after the softmax doesn't sum over the axis that the softmax "
-                        "normalises", user)
-    if shared and value_of(softmax).dtype != value_of(_value(found)).dtype:
-        return Declined("the probabilities are read in another dtype than the values", softmax)
-    if shared and depends(_value(found), softmax):
-        return Declined("the values are computed from the probabilities", user)
-    canonical = (*scores.product.batch, *scores.product.own)
-    if scores.learned and (scores.product.axes != canonical or not by_left):
-        return Declined("a tensor scales scores whose axes are reordered", user)
-    return found
+def _next(now: _Probabilities, user: fx.Node, softmax: Softmax, scores: Scores, by_left: bool,
+          context: Context) -> Found | _Probabilities:
+    operand = next((i for i, n in enumerate(user.all_input_nodes) if n is now.node), 0)
+    both = [r for r in readings(user) if {r.left, r.right} <= context.activations]
+    if both:
+        return _at_values(user, both, now, softmax, scores, by_left)
+    if user.target in CASTS:
+        if value_of(user).dtype.is_floating_point:
+            rounding = torch.finfo(value_of(user).dtype).eps
+            return dataclasses.replace(now, node=user, coarsest=max(now.coarsest, rounding))
+        raise Declined("the probabilities are rounded to whole numbers", user)
+    if user.target in LAYOUTS:
+        return dataclasses.replace(now, node=user, at=step(now.at, user, 0, context))
+    if user.target is aten.nan_to_num.default and not any(user.args[1:2]):
+        return dataclasses.replace(now, node=user, row="zero", changed=user)
+    if user.target is aten.slice.Tensor and _drops_sink(now, user):
+        return dataclasses.replace(now, node=user, changed=user)
+    if user.target in MIXES and now.mixing is None:
+        return dataclasses.replace(now, node=user, changed=user,
+                                   mixing=mixing_of(now.at, user, operand, context))
+    raise Declined(f"{user.target} changes the probabilities", user)
 
 
-def _inputs(found: Found, query: fx.Node, key: fx.Node, value: fx.Node,
-            ) -> Iterator[tuple[str, fx.Node]]:
-    yield from (("query", query), ("key", key), ("value", value))
-    scores = found.scores
-    groups = (("bias", [t.node for t in scores.terms]), ("mask", [t.node for t in scores.masks]),
-              ("factor", [node for node, _ in scores.learned]))
-    for role, nodes in groups:
-        yield from ((f"{role}_{i}", node) for i, node in enumerate(nodes))
-    sizes = {s for at in found.places for s in at.sizes or () if isinstance(s, fx.Node)}
-    yield from ((f"size_{s.name}", s) for s in sizes)
+def _drops_sink(now: _Probabilities, user: fx.Node) -> bool:
+    """Whether a slice leaves out the last score, which the sink has."""
+    axis, start, *_ = (*user.args[1:], 0, 0)
+    labels = now.at.place.labels
+    before, after = shape_of(now.node), shape_of(user)
+    return now.at.sink is not None and start in (0, None) and labels[axis] in now.at.product.own \
+        and equal(before[axis], after[axis] + 1)
 
 
-def _emit(found: Found, build: Any, values: Values) -> tuple[Any, ...]:
-    first, scores = found.first, found.scores
-    left = arrange(build, values["query" if found.by_left else "key"], first.left_axes,
-                   (*first.batch, first.own[0], first.contracted))
-    right = arrange(build, values["key" if found.by_left else "query"], first.right_axes,
-                    (*first.batch, first.own[1], first.contracted))
-    query, key = (left, right) if found.by_left else (right, left)
-    for index, (_, divided) in enumerate(scores.learned):
-        scaling = aten.div.Tensor if divided else aten.mul.Tensor
-        query = build.call(scaling, query, values[f"factor_{index}"])
-    full = _full_shape(found, build, query, key)
-    bias = _bias(found, build, values, full)
-    mask = _mask(found, build, values, full)
-    value = _value_layout(found, build, values, full)
-    pair = build.call(attention.overload, query, key, value, bias, mask, scores.factor,
-                      fill=scores.fill if scores.masks else None, masked_row=found.masked_row,
-                      need_weights=found.need_weights)
-    out = _out_layout(found, build, values, build.item(pair, 0))
-    if not found.need_weights:
-        return (out,)
-    return out, _back(found, build, values, build.item(pair, 1), scores)
+def _at_values(user: fx.Node, products: list[Contraction], now: _Probabilities, softmax: Softmax,
+               scores: Scores, by_left: bool) -> Found:
+    reason = Declined("the probabilities are multiplied by themselves or scaled", user)
+    for product in products:
+        if (product.left is now.node) == (product.right is now.node) or product.added \
+                or product.factor != 1:
+            continue
+        is_left = product.left is now.node
+        axes = product.left_axes if is_left else product.right_axes
+        found = Found(scores, by_left, softmax.node, product, now.at.place, is_left,
+                      now.row, now.shared, user, now.mixing)
+        labels = now.at.place.labels
+        if len(axes) != len(labels) or not {found.query_label, found.key_label} <= set(labels):
+            reason = Declined("the axes of query and key are mixed with others", user)
+            continue
+        query, key = labels.index(found.query_label), labels.index(found.key_label)
+        if axes[key] != product.contracted or axes[query] != product.own[not is_left]:
+            reason = Declined("the product after the softmax doesn't sum over the axis that the "
+                              "softmax normalises", user)
+            continue
+        _check_shared(found, now, softmax)
+        if softmax.totals is not None:
+            return _divided(found, softmax)
+        return found
+    raise reason
 
 
-def arrange(build: Any, node: Any, axes: tuple[str, ...], wanted: tuple[str, ...]) -> Any:
-    """A tensor with its axes in the wanted order; axes that it lacks get size 1, but in front."""
-    present = [a for a in wanted if a in axes]
-    order = [axes.index(a) for a in present]
-    if order != sorted(order):
-        node = build.call(aten.permute.default, node, order)
-    lead = next(i for i, a in enumerate(wanted) if a in axes)
-    for index, label in enumerate(wanted[lead:]):
-        if label not in axes:
-            node = build.call(aten.unsqueeze.default, node, index)
-    return node
+def _check_shared(found: Found, now: _Probabilities, softmax: Softmax) -> None:
+    if now.at.sink is not None and (now.changed is None or now.changed.target in MIXES):
+        raise Declined("the sink takes part in the product with the values", found.product.node)
+    dtype = value_of(found.value).dtype
+    if value_of(now.node).dtype != dtype or now.coarsest > torch.finfo(dtype).eps:
+        raise Declined(f"probabilities are rounded to less than {dtype}, which the values have",
+                       found.product.node)
+    if now.shared is None:
+        return
+    node = now.shared[0]
+    if now.changed is not None and node is not now.node:
+        raise Declined("the probabilities are read before they were changed", node)
+    if value_of(node).dtype != dtype:
+        raise Declined("the probabilities are read in another dtype than the values", node)
+    if depends(found.value, node):
+        raise Declined("the values are computed from the probabilities", found.product.node)
 
 
-def _full_shape(found: Found, build: Any, query: Any, key: Any) -> tuple[Any, ...] | None:
-    """Sizes of the scores, asked for only where batch axes are regrouped."""
-    if all(at.sizes is None for at in found.places):
-        return None
-    whole = query if len(build.shape(query)) >= len(build.shape(key)) else key
-    return (*build.shape(whole)[:-2], build.size(query, -2), build.size(key, -2))
+def _divided(found: Found, softmax: Softmax) -> Found:
+    """The probabilities are normalised only behind the product with the values."""
+    assert softmax.totals is not None
+    if found.weights is not None:
+        raise Declined("the powers are read before they are normalised", softmax.node)
+    return dataclasses.replace(found, result=softmax.totals[1])
 
 
-def _place(found: Found, build: Any, tensor: Any, term: Term, values: Values,
-           full: tuple[Any, ...] | None) -> Any:
-    """A tensor that broadcasts to the scores, brought to (batch axes, queries, keys)."""
-    rank = term.axes[0]
-    query, key = found.oriented(term.axes)
-    if (query, key) != (rank - 2, rank - 1) or term.sizes is not None:
-        for _ in range(rank - len(build.shape(tensor))):
-            tensor = build.call(aten.unsqueeze.default, tensor, 0)
-        sizes = None if term.sizes is None else _sizes(term.sizes, values)
-        if sizes is not None:
-            tensor = build.call(aten.expand.default, tensor, sizes)
-        order = [*(i for i in range(rank) if i not in (query, key)), query, key]
-        if order != sorted(order):
-            tensor = build.call(aten.permute.default, tensor, order)
-        if sizes is not None:
-            tensor = build.call(aten.reshape.default, tensor, list(full or ()))
-    return tensor
-
-
-def _sizes(sizes: tuple[Any, ...], values: Values) -> list[Any]:
-    return [values[f"size_{s.name}"] if isinstance(s, fx.Node) else s for s in sizes]
-
-
-def _bias(found: Found, build: Any, values: Values, full: tuple[Any, ...] | None) -> Any:
-    total = None
-    for index, term in enumerate(found.scores.terms):
-        tensor = values[f"bias_{index}"]
-        if term.factor != 1:
-            tensor = build.call(aten.mul.Tensor, tensor, term.factor)
-        tensor = _place(found, build, tensor, term, values, full)
-        total = tensor if total is None else build.call(aten.add.Tensor, total, tensor)
-    return total
-
-
-def _mask(found: Found, build: Any, values: Values, full: tuple[Any, ...] | None) -> Any:
-    total = None
-    for index, term in enumerate(found.scores.masks):
-        tensor = values[f"mask_{index}"]
-        if term.inverted:
-            tensor = build.call(aten.logical_not.default, tensor)
-        tensor = _place(found, build, tensor, term, values, full)
-        total = tensor if total is None else build.call(aten.logical_and.default, total, tensor)
-    return total
-
-
-def _value_layout(found: Found, build: Any, values: Values, full: tuple[Any, ...] | None) -> Any:
-    product, left = found.product, found.probabilities_left
-    axes, probabilities = ((product.right_axes, product.left_axes) if left
-                           else (product.left_axes, product.right_axes))
-    value = arrange(build, values["value"], axes,
-                    (*_batch(found, probabilities), product.contracted, product.own[left]))
-    if found.at_values.sizes is not None:
-        lead = _sizes(found.at_values.sizes, values)[:-2]
-        rest = (build.size(value, -2), build.size(value, -1))
-        value = build.call(aten.expand.default, value, [*lead, *rest])
-        value = build.call(aten.reshape.default, value, [*(full or ())[:-2], *rest])
-    return value
-
-
-def _batch(found: Found, probabilities: tuple[str, ...]) -> tuple[str, ...]:
-    own = found.oriented(found.at_values.axes)
-    return tuple(a for i, a in enumerate(probabilities) if i not in own)
-
-
-def _out_layout(found: Found, build: Any, values: Values, out: Any) -> Any:
-    product, left = found.product, found.probabilities_left
-    probabilities = product.left_axes if left else product.right_axes
-    if found.at_values.sizes is not None:
-        lead = _sizes(found.at_values.sizes, values)[:-2]
-        out = build.call(aten.reshape.default, out,
-                         [*lead, build.size(out, -2), build.size(out, -1)])
-    axes = (*_batch(found, probabilities), product.own[not left], product.own[left])
-    order = [axes.index(a) for a in product.axes if a in axes]
-    if order != sorted(order):
-        out = build.call(aten.permute.default, out, order)
-    return out
-
-
-def _back(found: Found, build: Any, values: Values, weights: Any, at: Scores) -> Any:
-    """The probabilities from (batch axes, queries, keys) to the axes of the softmax."""
-    rank = at.axes[0]
-    query, key = found.oriented(at.axes)
-    order = [*(i for i in range(rank) if i not in (query, key)), query, key]
-    if at.sizes is not None:
-        lead = _sizes(at.sizes, values)[:-2]
-        weights = build.call(aten.reshape.default, weights,
-                             [*lead, build.size(weights, -2), build.size(weights, -1)])
-    if order != sorted(order):
-        weights = build.call(aten.permute.default, weights, [order.index(i) for i in range(rank)])
-    return weights
+def _with_sizes(found: Found, query: fx.Node, key: fx.Node) -> tuple[dict[str, fx.Node], Found]:
+    """The inputs, and the attention with a plan for every size that it writes."""
+    inputs = dict(inputs_of(found, query, key))
+    for term in found.scores.tensors:
+        if len(shape_of(term.node)) > len(term.place.labels) and total_trail(found, term.place):
+            raise Declined("a tensor broadcasts scores whose axes are reordered", term.node)
+    try:
+        plan, sizes = plan_of(inputs, moves_of(found))
+    except KeyError as error:
+        raise Declined(f"axes of the scores are regrouped by the size {error.args[0]}, which is "
+                       "not in the graph", found.product.node) from error
+    return {**inputs, **sizes}, dataclasses.replace(found, plan=plan)
 
 
 def _repeated(build: Any, query: Any, *others: Any) -> list[Any]:
@@ -321,19 +248,22 @@ def around_operator(node: fx.Node, found: Mapping[str, Any], context: Context) -
     if scale is None and not isinstance(features, int):
         raise Declined("the scale depends on a symbolic size", node)
     scale = 1 / math.sqrt(features) if scale is None else float(scale)
-    is_mask = given is not None and value_of(given).dtype == torch.bool
+    is_mask = given is not None and value_of(given).dtype.is_floating_point is False
     inputs = {"query": query, "key": key, "value": value}
     if given is not None:
         inputs["mask_0" if is_mask else "bias_0"] = given
+    heads = [shape_of(t)[-3] for t in (query, key, value)] if found.get("enable_gqa") else []
+    fixed = all(isinstance(h, int) for h in heads) and len(set(heads[1:])) <= 1
 
-    def emit(build: Any, values: Values) -> tuple[Any, ...]:
+    def emit_call(build: Any, values: Values) -> tuple[Any, ...]:
         tensors = [values["query"], values["key"], values["value"]]
-        if found.get("enable_gqa"):
+        if heads and not fixed:
             tensors[1:] = _repeated(build, *tensors)
+        groups = {"groups": heads[0] // heads[1]} if heads and fixed else {}
         pair = build.call(attention.overload, *tensors, values.get("bias_0"),
                           values.get("mask_0"), scale, causal=bool(found["is_causal"]),
-                          masked_row="zero")
+                          masked_row="zero", **groups)
         return (build.item(pair, 0),)
 
-    return Candidate("attention", node, inputs, (node,), emit,
+    return Candidate("attention", node, inputs, (node,), emit_call,
                      of_operator(node, found, scale, context), owner_of((node,)))

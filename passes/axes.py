@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import string
 from typing import Any
 
 from torch import fx
@@ -57,46 +58,79 @@ class Contraction:
 
 def contraction(node: fx.Node) -> Contraction | None:
     """The node as a contraction of two tensors over one axis, or None."""
+    return next(iter(readings(node)), None)
+
+
+def readings(node: fx.Node) -> tuple[Contraction, ...]:
+    """The node as a contraction, once for each choice of the operands' own axes.
+
+    Where an operand has several axes of its own, those not chosen count as batch axes.
+    """
     if not isinstance(node, fx.Node) or node.op != "call_function":
-        return None
-    if node.target in (aten.matmul.default, aten.bmm.default):
+        return ()
+    if node.target in (aten.matmul.default, aten.bmm.default, aten.mm.default):
         return _matmul(node, *node.args)
-    if node.target is aten.baddbmm.default:
-        found = arguments(node)
-        added = (found["self"], float(found["beta"])) if found["beta"] != 0 else None
-        product_ = _matmul(node, found["batch1"], found["batch2"])
-        return product_ and dataclasses.replace(product_, factor=float(found["alpha"]), added=added)
+    if node.target in (aten.baddbmm.default, aten.addmm.default):
+        return _added_matmul(node)
     if node.target is aten.einsum.default:
         return _einsum(node)
-    return None
+    return ()
 
 
-def _matmul(node: fx.Node, left: fx.Node, right: fx.Node) -> Contraction | None:
+def _added_matmul(node: fx.Node) -> tuple[Contraction, ...]:
+    found = arguments(node)
+    factors = ("batch1", "batch2") if "batch1" in found else ("mat1", "mat2")
+    added = (found["self"], float(found["beta"])) if found["beta"] != 0 else None
+    return tuple(dataclasses.replace(p, factor=float(found["alpha"]), added=added)
+                 for p in _matmul(node, *(found[name] for name in factors)))
+
+
+def _matmul(node: fx.Node, left: fx.Node, right: fx.Node) -> tuple[Contraction, ...]:
     ranks = len(shape_of(left)), len(shape_of(right))
     if min(ranks) < 2:
-        return None
+        return ()
     batch = tuple(f"*{i}" for i in reversed(range(max(ranks) - 2)))
     lead = [batch[len(batch) - (rank - 2):] for rank in ranks]
-    return Contraction(node, left, right, (*lead[0], "m", "k"), (*lead[1], "k", "n"),
-                       (*batch, "m", "n"))
+    return (Contraction(node, left, right, (*lead[0], "m", "k"), (*lead[1], "k", "n"),
+                        (*batch, "m", "n")),)
 
 
-def _einsum(node: fx.Node) -> Contraction | None:
+def _einsum(node: fx.Node) -> tuple[Contraction, ...]:
     equation, operands = node.args[0].replace(" ", ""), node.args[1]
-    if len(operands) != 2 or "->" not in equation or "." in equation:
-        return None
-    inputs, output = equation.split("->")
+    if len(operands) != 2 or "->" not in equation:
+        return ()
+    inputs, output = _without_dots(equation, operands).split("->")
     left, right = inputs.split(",")
     summed = [a for a in left if a in right and a not in output]
     own = ([a for a in left if a not in right], [a for a in right if a not in left])
     distinct = all(len(set(labels)) == len(labels) for labels in (left, right, output))
-    if len(summed) != 1 or any(len(o) != 1 or o[0] not in output for o in own) or not distinct:
-        return None
+    if len(summed) != 1 or not all(own) or any(a not in output for o in own for a in o) \
+            or not distinct:
+        return ()
 
-    def label(axes: str) -> tuple[str, ...]:
-        return tuple(f"*{a}" if a in left and a in right and a in output else a for a in axes)
+    def read(mine: str, yours: str) -> Contraction:
+        kept = (mine, yours, *summed)
+        label = [tuple(a if a in kept else f"*{a}" for a in axes)
+                 for axes in (left, right, output)]
+        return Contraction(node, operands[0], operands[1], *label)
 
-    return Contraction(node, operands[0], operands[1], label(left), label(right), label(output))
+    order = [sorted(o, key=output.index, reverse=True) for o in own]
+    return tuple(read(mine, yours) for mine in order[0] for yours in order[1])
+
+
+def _without_dots(equation: str, operands: tuple[fx.Node, ...]) -> str:
+    """The equation with letters in place of its ellipses, which share them from the right."""
+    if "..." not in equation:
+        return equation
+    inputs, output = equation.split("->")
+    parts = inputs.split(",")
+    free = [c for c in string.ascii_letters if c not in equation]
+    counts = [len(shape_of(t)) - len(p) + 3 if "..." in p else 0
+              for p, t in zip(parts, operands, strict=True)]
+    letters = "".join(free[:max(counts)])
+    parts = [p.replace("...", letters[len(letters) - c:])
+             for p, c in zip(parts, counts, strict=True)]
+    return ",".join(parts) + "->" + output.replace("...", letters)
 
 
 def moved(node: fx.Node, positions: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from torch import fx
 
 from bincompile.passes.graph import (
+    Build,
     arguments,
     aten,
     copy_module,
@@ -93,7 +94,7 @@ def _whole_softmax(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         return None
     scores, greatest = shifted.args
     axis = sums["dim"][0] % len(shape_of(scores)) if is_tensor(scores) else None
-    if axis is None or _maximum_of(greatest) != (scores, axis):
+    if axis is None or maximum_of(greatest) != (scores, axis):
         return None
     with module.graph.inserting_before(node):
         whole = module.graph.call_function(aten.softmax.int, (scores, axis))
@@ -101,7 +102,20 @@ def _whole_softmax(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return whole
 
 
-def _maximum_of(node: fx.Node) -> tuple[fx.Node, int] | None:
+def _stable_softmax(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """softmax(x - max(x, d), d) is softmax(x, d), which takes the maximum off by itself."""
+    if node.target not in (aten.softmax.int, aten._softmax.default):
+        return None
+    shifted = node.args[0]
+    if shifted.target is not aten.sub.Tensor or len(shifted.args) != 2 or shifted.kwargs:
+        return None
+    axis = node.args[1] % len(shape_of(node))
+    if maximum_of(shifted.args[1]) == (shifted.args[0], axis):
+        node.args = (shifted.args[0], *node.args[1:])
+    return None
+
+
+def maximum_of(node: fx.Node) -> tuple[fx.Node, int] | None:
     """(x, d) where the node is the maximum of x along d, kept as an axis of size 1."""
     if not isinstance(node, fx.Node):
         return None
@@ -115,6 +129,41 @@ def _maximum_of(node: fx.Node) -> tuple[fx.Node, int] | None:
     if not found["keepdim"] or len(dims) != 1:
         return None
     return found["self"], dims[0] % len(shape_of(found["self"]))
+
+
+def _whole_einsum(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """An einsum of three or more tensors as products of two, in the order in which they stand."""
+    if node.target is not aten.einsum.default or len(node.args[1]) < 3 or "." in node.args[0] \
+            or "->" not in node.args[0]:
+        return None
+    inputs, output = node.args[0].replace(" ", "").split("->")
+    (labels, *parts), (whole, *tensors) = inputs.split(","), node.args[1]
+    build = Build(module.graph, node, like=node)
+    for index, (part, tensor) in enumerate(zip(parts, tensors, strict=True), 1):
+        last = index == len(parts)
+        needed = set(output).union(*parts[index:])
+        kept = output if last else "".join(
+            dict.fromkeys(a for a in labels + part if a in needed))
+        if set(part) <= set(labels) and sorted(kept) == sorted(labels):
+            kept, whole = labels, build.call(aten.mul.Tensor, whole,
+                                             _aligned(build, tensor, part, labels))
+            if last and labels != output:
+                whole = build.call(aten.permute.default, whole, [labels.index(a) for a in output])
+        else:
+            whole = build.call(aten.einsum.default, f"{labels},{part}->{kept}", [whole, tensor])
+        labels = kept
+    return whole
+
+
+def _aligned(build: Build, tensor: fx.Node, part: str, labels: str) -> fx.Node:
+    """A tensor with axes `part` so that it broadcasts over axes `labels`."""
+    order = sorted(range(len(part)), key=lambda i: labels.index(part[i]))
+    if order != sorted(order):
+        tensor = build.call(aten.permute.default, tensor, order)
+    for axis, label in enumerate(labels):
+        if label not in part:
+            tensor = build.call(aten.unsqueeze.default, tensor, axis)
+    return tensor
 
 
 def _undone_permute(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -186,4 +235,5 @@ def _viewed(node: fx.Node) -> fx.Node:
 
 Rule = Callable[[fx.GraphModule, fx.Node], fx.Node | None]
 RULES: tuple[Rule, ...] = (_drop_assertion, _drop_identity, _drop_cast, _view_to_reshape,
-                           _unit_factor, _undone_permute, _whole_softmax)
+                           _unit_factor, _undone_permute, _whole_softmax,
+                           _stable_softmax, _whole_einsum)

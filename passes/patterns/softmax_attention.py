@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from bincompile.passes.attention import around_softmax
+from bincompile.passes import attention_examples as spelled
+from bincompile.passes.attention import Softmax, around_softmax
 from bincompile.passes.graph import aten
 from bincompile.passes.patterns import Candidate, Context, Example, Pattern
 from bincompile.passes.scores import Declined
@@ -18,27 +18,10 @@ SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default
 
 def _match(node: fx.Node, context: Context) -> Candidate:
     row = "zero" if node.target is aten._safe_softmax.default else "nan"
-    found = around_softmax(node, node.args[1], row, context)
+    found = around_softmax(Softmax(node, node.args[0], node.args[1], row), context)
     if found is None:
         raise Declined("the softmax is not over a product of two computed tensors", node)
     return found
-
-
-Core = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class HandWritten(nn.Module):
-    """Self-attention around a core `(q, k, v) -> out` over (batch, heads, tokens, features)."""
-
-    def __init__(self, core: Core, heads: int = 4, features: int = 32) -> None:
-        super().__init__()
-        self.core, self.heads = core, heads
-        self.q, self.k, self.v, self.out = (nn.Linear(features, features) for _ in range(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for layer in (self.q, self.k, self.v))
-        return self.out(self.core(q, k, v).transpose(1, 2).flatten(-2))
 
 
 def _plain(q, k, v):
@@ -128,15 +111,29 @@ def _router(q, k, v):
     return torch.softmax(q.sum(-1, keepdim=True), -1) * v
 
 
-def _example(core: Core) -> Example:
-    return Example(lambda: HandWritten(core), lambda: (torch.randn(2, 6, 32),))
+def _tokens() -> tuple[torch.Tensor]:
+    return (torch.randn(2, 6, 32),)
 
 
 softmax_attention = Pattern(
     "softmax_attention", "attention", SOFTMAXES, _match,
-    examples=tuple(map(_example, (
-        _plain, _scaled_query, _added_mask, _mask_before_scale, _filled_mask, _where_mask,
-        _transposed, _einsum, _merged_heads, _regrouped, _learned_scale, _written_out))),
-    near_misses=tuple(map(_example, (
-        _over_queries, _over_heads, _over_batch, _over_channels, _relu_scores, _router))),
+    examples=(
+        *spelled.examples(
+            _plain, _scaled_query, _added_mask, _mask_before_scale, _filled_mask, _where_mask,
+            _transposed, _einsum, _merged_heads, _regrouped, _learned_scale, _written_out,
+            spelled.softcap, spelled.clamped, spelled.clamped_after_bias, spelled.constant_added,
+            spelled.subtracted_from, spelled.stabilised, spelled.two_masks,
+            spelled.masks_of_two_fills, spelled.bias_after_filled_mask, spelled.mask_from_ones,
+            spelled.multiplied_mask, spelled.nested_where, spelled.dots, spelled.three_operands,
+            spelled.broadcast_product, spelled.tokens_first, spelled.regrouped_twice,
+            spelled.queries_of_all_heads, spelled.in_full_precision, spelled.cleaned,
+            spelled.windows),
+        *(Example(lambda how=how: spelled.Mixed(how), _tokens)
+          for how in ("linear", "conv", "einsum")),
+        Example(spelled.Sinks, _tokens),
+        *map(spelled.grouped, ("einsum", "axes", "repeat", "index", "expand"))),
+    near_misses=spelled.examples(
+        _over_queries, _over_heads, _over_batch, _over_channels, _relu_scores, _router,
+        spelled.renormalised, spelled.capped_mask, spelled.linear_attention,
+        spelled.sigmoid_attention),
 )
