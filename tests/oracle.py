@@ -3,7 +3,8 @@
 The oracle watches every operator below the dispatcher. It knows nothing of graphs or patterns, so
 that it can't share a mistake with the compiler. An attention is a softmax of a product of two
 computed tensors whose result, summing to one along that axis, weighs a third. A look-up is
-`embedding`, a bag, an index into a stored table, or a product of one-hot rows with one.
+`embedding`, a bag, one index tensor into a table, or a product of one-hot rows with one; a table
+is what stored tensors alone have made.
 """
 
 from __future__ import annotations
@@ -68,9 +69,11 @@ class Oracle(TorchDispatchMode):
 
     def __init__(self, stored: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.tables = {t.untyped_storage().data_ptr() for t in stored.values()}
+        self.tables = {_address(t) for t in stored.values()}  # and what is made of them alone
         self.facts: dict[int, Facts] = {}
-        self.computed: set[int] = set()  # addresses of storages
+        self.live: set[int] = set()  # addresses of the storages that depend on an input
+        self.computed: set[int] = set()  # those that are no stored tensor or view of one
+        self.repeats: set[int] = set()  # indices by which torch repeats a tensor's parts
         self.kept: list[Any] = []
         self.attention: set[int] = set()
         self.look_ups = self.serial = self.fused = 0
@@ -82,24 +85,31 @@ class Oracle(TorchDispatchMode):
         facts = self._after(operator, args, inputs, result)
         computed = operator in PRODUCTS or operator in LOOK_UPS | SOFTMAXES | FUSED or any(
             self._is_computed(t) for t in inputs)
+        live = any(_address(t) in self.live for t in inputs)
+        made = not live and any(_address(t) in self.tables for t in inputs)
         for tensor in _tensors(result):
             self.facts[id(tensor)] = facts
-            if computed:
-                self.computed.add(_address(tensor))
+            for holds, addresses in ((computed, self.computed), (live, self.live),
+                                     (made, self.tables)):
+                if holds:
+                    addresses.add(_address(tensor))
+            if operator is aten.repeat_interleave:
+                self.repeats.add(_address(tensor))
         self.kept += (args, result)
         return result
 
     def mark(self, inputs: Any) -> None:
         """These tensors are the model's inputs."""
         self.kept.append(inputs)
-        self.computed |= {_address(t) for t in _tensors(inputs)}
+        self.live |= {_address(t) for t in _tensors(inputs)}
+        self.computed |= self.live
 
     def _is_computed(self, tensor: Any) -> bool:
         return isinstance(tensor, torch.Tensor) and _address(tensor) in self.computed
 
     def _is_table(self, tensor: torch.Tensor) -> bool:
-        return (_address(tensor) in self.tables and tensor.ndim >= 2
-                and tensor.dtype.is_floating_point)
+        return (_address(tensor) in self.tables and _address(tensor) not in self.live
+                and (tensor.is_floating_point() or tensor.is_complex()))
 
     def _known(self, tensors: list[torch.Tensor]) -> Facts:
         each = [self.facts.get(id(t), NOTHING) for t in tensors]
@@ -151,17 +161,15 @@ class Oracle(TorchDispatchMode):
         if operator in LOOK_UPS:
             return True
         if operator is aten.index:
-            by = [t for t in args[1] if t is not None]
-            return (self._is_table(args[0]) and len(args[1]) == 1
-                    and by[0].dtype not in (torch.bool, torch.uint8))
+            return self._is_table(args[0]) and len(_tensors(args[1])) == 1 and (
+                _tensors(args[1])[0].dtype in (torch.int32, torch.int64))
         if operator is aten.index_select:
-            return self._is_table(args[0]) and args[1] == 0
-        if operator is aten.gather:
-            return self._is_table(args[0]) and args[1] == 0 and bool(
-                (args[2] == args[2][:, :1]).all())
+            return self._is_table(args[0]) and _address(args[2]) not in self.repeats
+        if operator in (aten.gather, aten.take):
+            return self._is_table(args[0]) and (operator is aten.take or _takes_rows(*args[:3]))
         if operator in PRODUCTS:
             rows, table = (args[i] for i in PRODUCTS[operator])
-            return self._is_table(table) and self._is_computed(rows) and _is_one_hot(rows)
+            return self._is_table(table) and not self._is_table(rows) and _is_one_hot(rows)
         return False
 
 
@@ -202,6 +210,16 @@ def _sums_to_one(weights: torch.Tensor, axis: int) -> bool:
     """Whether every row of weights sums to one; a row that is masked whole is 0 or nan."""
     sums = weights.double().sum(axis)
     return bool(((sums - 1).abs() < 0.02).logical_or(sums == 0).logical_or(sums.isnan()).all())
+
+
+def _takes_rows(table: torch.Tensor, axis: int, index: torch.Tensor) -> bool:
+    """Whether the other axes of a gather are copied: the index or the table is alike along them."""
+    return all(_alike(index, other) or _alike(table, other)
+               for other in range(table.ndim) if other != axis % table.ndim)
+
+
+def _alike(tensor: torch.Tensor, axis: int) -> bool:
+    return bool((tensor == tensor.narrow(axis, 0, 1)).all())
 
 
 def _is_one_hot(rows: torch.Tensor) -> bool:

@@ -7,9 +7,11 @@ BINCOMPILE_REQUIRE_PEERS is 1: a check that no one misses a comparison unawares.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import warnings
 from types import ModuleType
+from typing import NoReturn
 
 import pytest
 
@@ -23,6 +25,16 @@ def peer(name: str) -> ModuleType:
             warnings.simplefilter("ignore")  # a peer's own warnings at import are not ours to mend
             return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if os.environ.get("BINCOMPILE_REQUIRE_PEERS") == "1":
-            pytest.fail(f"{name} is required here and missing ({error}): {HOW}", pytrace=False)
-        pytest.skip(f"{name} is not installed: {HOW}")
+        _missing(name, str(error))
+
+
+def installed(name: str) -> None:
+    """Skip the test, or let it fail, where a package is not there; it is not imported."""
+    if importlib.util.find_spec(name) is None:
+        _missing(name, "no such package")
+
+
+def _missing(name: str, why: str) -> NoReturn:
+    if os.environ.get("BINCOMPILE_REQUIRE_PEERS") == "1":
+        pytest.fail(f"{name} is required here and missing ({why}): {HOW}", pytrace=False)
+    pytest.skip(f"{name} is not installed: {HOW}")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from in_double import run_in_double
 from oracle import count
-from peers import peer
+from peers import installed
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -69,7 +69,7 @@ def limit(model: nn.Module, result: Any) -> float:
 def made(case: Case) -> nn.Module:
     """The case's model; the test is skipped where a package that it needs is missing."""
     for name in case.needs:
-        peer(name)
+        installed(name)
     torch.manual_seed(0)
     return case.build()
 
