@@ -154,7 +154,7 @@ def torch_fusions(model: nn.Module, call: Call) -> tuple[int, bool]:
 _warm: list[bool] = []
 
 
-def _not_compiled(module: fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
+def _not_compiled(module: fx.GraphModule, inputs: Any, **options: Any) -> Any:
     """The graph itself in place of generated code, called as inductor calls that."""
     def call(args: list[Any]) -> Any:
         given = list(args)
