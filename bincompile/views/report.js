@@ -110,12 +110,13 @@ function selectMark(key, go = true) {
     .map(([name, text]) => [name, name === "source" ? element("code", text) : text]);
   for (const side of sides) {
     const nodes = mark[side].map((name) => nodeOf(side, name)).filter(Boolean);
-    if (nodes.length) {
-      entries.push([`nodes ${side}`, nodeButtons(nodes)]);
-      reveal(nodes[0]);
-    }
+    if (nodes.length) entries.push([`nodes ${side}`, nodeButtons(nodes)]);
   }
   openSheet(mark.label, mark.hue, entries);
+  for (const side of sides) {
+    const first = mark[side].map((name) => nodeOf(side, name)).find(Boolean);
+    if (first) reveal(first);
+  }
   if (go) document.getElementById("graphs").scrollIntoView();
   history.replaceState(null, "", `#${key}`);
 }
@@ -123,7 +124,6 @@ function selectMark(key, go = true) {
 function selectNode(node) {
   unset("selected", "current");
   node.classList.add("current");
-  reveal(node);
   showNeighbours(node);
   const own = words(node.dataset.marks).map((key) => marks.get(key));
   const [call, value] = [node.querySelector("span"), node.querySelector("i")];
@@ -146,6 +146,7 @@ function selectNode(node) {
     selected = own[0].key;
   }
   openSheet(nameOf(node), own.length ? own[0].hue : undefined, entries);
+  reveal(node);
   history.replaceState(null, "", `#${node.id}`);
 }
 
