@@ -61,7 +61,7 @@ def call_factory(text: str) -> Any:
     if not path.is_file():
         raise ConfigError(f"{file!r} is not a file", "path/to/file.py:factory", "the path")
     try:
-        factory = getattr(_module_at(path), name, None)
+        factory = getattr(module_at(path), name, None)
         if callable(factory):
             return factory()
     except BincompileError:
@@ -73,7 +73,7 @@ def call_factory(text: str) -> Any:
                       "the name after the colon")
 
 
-def _module_at(path: Path) -> Any:
+def module_at(path: Path) -> Any:
     name = f"bincompile_source_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -198,7 +198,8 @@ def run_nodes(nodes: list[fx.Node], env: dict[fx.Node, Any]) -> dict[fx.Node, An
         args = in_double(fx.node.map_arg(node.args, env.__getitem__))
         kwargs = {k: in_double(v)
                   for k, v in fx.node.map_arg(dict(node.kwargs), env.__getitem__).items()}
-        env[node] = node.target(*args, **kwargs)
+        made = node.target(*args, **kwargs)  # a creation without a dtype is in torch's default
+        env[node] = made.double() if getattr(made, "dtype", None) in FLOATS else made
     return env
 
 

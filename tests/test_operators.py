@@ -159,7 +159,7 @@ def fake_bitorch_linear(x, weight, scale_a, scale_w, shift):
     return linear(x, signs, scale_w, None, "binary", scale_a, shift)
 
 
-def embedding(table, indices):
+def embedding(table, indices, wrap=False):
     out = table.new_empty(indices.numel(), table.shape[1])
     for place, index in enumerate(indices.flatten().tolist()):
         out[place] = table[index]

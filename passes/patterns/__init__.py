@@ -48,7 +48,7 @@ The checker runs its examples and near misses, here and with `bincompile verify 
     my_norm near miss 0: not matched: the mean is not of the last axis
 
     >>> import bincompile as bc
-    >>> with registered(norm):                                   # or register(norm), for good
+    >>> with registered(norm):                          # or register_pattern(norm), for good
     ...     report = bc.inspect(Written().eval(), inputs())
     >>> [(m.operator, m.pattern, m.validated) for m in report.matches]
     [('rms_norm', 'my_norm', True)]
@@ -108,6 +108,23 @@ class Context:
 
 
 @dataclasses.dataclass(frozen=True)
+class TableUse:
+    """How the role "indices" of a candidate selects from its role "table".
+
+    Args:
+        axis: the axis of the table that is indexed.
+        shortened: the axis that a proof may shorten, since no result depends on its size; None
+            for none.
+        indices: which may come: "rows" (0 to the last), "negative" (these count from the end
+            too) or "any" (none raises).
+    """
+
+    axis: int = 0
+    shortened: int | None = 0
+    indices: str = "rows"
+
+
+@dataclasses.dataclass(frozen=True)
 class Candidate:
     """A subgraph that looks like an operator, and what would stand in its place.
 
@@ -118,10 +135,10 @@ class Candidate:
         outputs: the nodes that are replaced.
         emit: `emit(build, values) -> results`: writes the operator through a `Build`, or runs it
             through an `Evaluate`; `values` maps roles to nodes or tensors.
-        attrs: what is known of the operator. "indices": which a proof draws beside the rows of the
-            table: "negative" (they count from the end) or "any" (none raises).
+        attrs: what is known of the operator.
         path: module path of the owner.
         fixed: roles whose stored value matters, so that a proof may not draw another.
+        table_use: how a proof may draw the roles "table" and "indices".
     """
 
     operator: str
@@ -132,6 +149,7 @@ class Candidate:
     attrs: Mapping[str, Any]
     path: str
     fixed: tuple[str, ...] = ()
+    table_use: TableUse = TableUse()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +293,7 @@ def patterns(stage: str | None = None) -> Mapping[str, Pattern]:
     """The patterns of a stage, or all, by name.
 
     Every file here that holds a `Pattern` is found by itself, and so are those of installed
-    packages; `register` adds more.
+    packages; `register_pattern` adds more.
     """
     return _current().stages[stage]
 
@@ -285,19 +303,19 @@ def starting_at(target: Any, stage: str) -> tuple[Pattern, ...]:
     return _current().anchored.get((stage, target), ())
 
 
-def register(pattern: Pattern) -> Pattern:
+def register_pattern(pattern: Pattern) -> Pattern:
     """Let a pattern take part in every compilation from now on; returns it.
 
     Raises:
         ConfigError: its name is taken.
 
     Example:
-        >>> from bincompile.patterns import Pattern, aten, register, unregister
-        >>> own = register(Pattern("own", "attention", (aten.tanh.default,),
+        >>> from bincompile.patterns import Pattern, aten, register_pattern, unregister_pattern
+        >>> own = register_pattern(Pattern("own", "attention", (aten.tanh.default,),
         ...                        lambda node, context: None, examples=(), near_misses=()))
         >>> own.name in patterns("canonical")
         True
-        >>> unregister("own")
+        >>> unregister_pattern("own")
     """
     global _everywhere
     if not isinstance(pattern, Pattern):
@@ -308,8 +326,8 @@ def register(pattern: Pattern) -> Pattern:
     return pattern
 
 
-def unregister(name: str) -> None:
-    """Take back a pattern that was registered by `register`.
+def unregister_pattern(name: str) -> None:
+    """Take back a pattern that was registered by `register_pattern`.
 
     Raises:
         ConfigError: there is none of this name.

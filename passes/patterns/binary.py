@@ -14,7 +14,8 @@ from bincompile.ops.embedding import embedding
 from bincompile.ops.fake_binary_linear import fake_binary_linear
 from bincompile.ops.pack_signs import pack_signs
 from bincompile.passes.graph import aten, is_tensor, shape_of, value_of
-from bincompile.passes.patterns import Candidate, Context, Example, Pattern, owner_of
+from bincompile.passes.patterns import Candidate, Context, Example, Pattern, TableUse, owner_of
+from bincompile.passes.tables import wrapped
 from bincompile.program import attribute
 
 Values = Mapping[str, Any]
@@ -68,19 +69,22 @@ def _match_linear(node: fx.Node, context: Context) -> Candidate | None:
 
 
 def _match_embedding(node: fx.Node, context: Context) -> Candidate | None:
-    table, indices = node.args
+    found = embedding.bind(node.args, dict(node.kwargs))
+    table, wrap = found["table"], found["wrap"]
     stored = _row_signs(table, context)
     if stored is None:
         return None
 
     def emit(build: Any, values: Values) -> tuple[Any, ...]:
         packed = build.call(pack_signs.overload, values["table"])
-        return (build.call(binary_embedding.overload, values["indices"], packed,
+        indices = wrapped(build, values["indices"], stored.shape[0]) if wrap else values["indices"]
+        return (build.call(binary_embedding.overload, indices, packed,
                            row_values(build, values["table"]), stored.shape[1]),)
 
     attrs = {"num_embeddings": stored.shape[0], "embedding_dim": stored.shape[1]}
-    return Candidate("embedding", node, {"table": table, "indices": indices}, (node,), emit, attrs,
-                     owner_of((node,)), fixed=("table",))
+    return Candidate("embedding", node, {"table": table, "indices": found["indices"]}, (node,),
+                     emit, attrs, owner_of((node,)), fixed=("table",),
+                     table_use=TableUse(indices="negative" if wrap else "rows"))
 
 
 def row_values(build: Any, weight: Any) -> Any:
@@ -122,6 +126,17 @@ class _Layer(nn.Module):
                                            self.activation, None, self.shift)
 
 
+class _Indexed(nn.Module):
+    """A look-up by indexing: negative indices count from the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 16))
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.table[indices]
+
+
 def _signed(layer: nn.Module) -> nn.Module:
     with torch.no_grad():
         weight = next(layer.parameters())
@@ -149,7 +164,8 @@ signed_linear = Pattern(
 )
 signed_embedding = Pattern(
     "signed_embedding", "embedding", (embedding.overload,), _match_embedding,
-    examples=(Example(lambda: _signed(nn.Embedding(9, 16)), lambda: (torch.tensor([[1, 8]]),)),),
+    examples=(Example(lambda: _signed(nn.Embedding(9, 16)), lambda: (torch.tensor([[1, 8]]),)),
+              Example(lambda: _signed(_Indexed()), lambda: (torch.tensor([[1, -8]]),))),
     near_misses=(Example(lambda: nn.Embedding(9, 16), lambda: (torch.tensor([[1, 8]]),)),),
     stage="packed",
 )

@@ -19,7 +19,8 @@ from bincompile.ops.fake_binary_rows import fake_binary_rows
 from bincompile.ops.fake_signs import fake_signs
 from bincompile.ops.pack_bases import pack_bases
 from bincompile.passes.graph import aten, is_tensor, shape_of
-from bincompile.passes.patterns import Candidate, Context, Example, Pattern, owner_of
+from bincompile.passes.patterns import Candidate, Context, Example, Pattern, TableUse, owner_of
+from bincompile.passes.tables import wrapped
 
 Values = Mapping[str, Any]
 
@@ -48,17 +49,22 @@ def _match_masters(node: fx.Node, context: Context) -> Candidate | None:
     rows, count = found["x"], found["count"]
     if not is_tensor(rows) or rows.target is not embedding.overload:
         return None
-    table, indices = rows.args
+    read = embedding.bind(rows.args, dict(rows.kwargs))
+    table, wrap = read["table"], read["wrap"]
     if table in context.activations:
         return None
     columns = shape_of(table)[1]
 
     def emit(build: Any, values: Values) -> tuple[Any, ...]:
         packed, scale = _packed(build, values["table"], count)
-        return (build.call(binary_embedding.overload, values["indices"], packed, scale, columns),)
+        indices = values["indices"]
+        if wrap:
+            indices = wrapped(build, indices, build.size(values["table"], 0))
+        return (build.call(binary_embedding.overload, indices, packed, scale, columns),)
 
-    return Candidate("embedding", node, {"table": table, "indices": indices}, (node,), emit,
-                     _sizes(table, count), owner_of((node,)))
+    return Candidate("embedding", node, {"table": table, "indices": read["indices"]}, (node,),
+                     emit, _sizes(table, count), owner_of((node,)),
+                     table_use=TableUse(indices="negative" if wrap else "rows"))
 
 
 def _bag_candidate(node: fx.Node, bag: fx.Node, table: fx.Node, count: int, mode: str,
@@ -165,6 +171,17 @@ class _LookUp(nn.Module):
         return fake_binary_rows.overload(rows + self.shift if self.shift else rows, self.count)
 
 
+class _Indexed(nn.Module):
+    """Binary rows of a table that is indexed: negative indices count from the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 12))
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        return fake_binary_rows.overload(self.table[indices], 1)
+
+
 class _Bag(nn.Module):
     """A bag over bases, or a majority over signs."""
 
@@ -240,7 +257,8 @@ def _rows() -> tuple[torch.Tensor]:
 
 table_masters = Pattern(
     "table_masters", "embedding", (fake_binary_rows.overload,), _match_masters,
-    examples=tuple(Example(functools.partial(_LookUp, count), _indices) for count in (1, 2, 3)),
+    examples=(*(Example(functools.partial(_LookUp, count), _indices) for count in (1, 2, 3)),
+              Example(_Indexed, lambda: (torch.tensor([[-1, 5], [3, -9]]),))),
     near_misses=(Example(lambda: _LookUp(shift=0.5), _indices), Example(_Head, _rows)),
     stage="packed",
 )

@@ -13,6 +13,7 @@ from bincompile.ops.embedding_bag import MODES
 from bincompile.ops.embedding_bag import embedding_bag as bag_operator
 from bincompile.passes.graph import arguments, aten, shape_of, users
 from bincompile.passes.patterns import Candidate, Context, Example, Pattern, owner_of
+from bincompile.passes.tables import table_attrs
 from bincompile.program import source_line
 from bincompile.record import Refusal
 
@@ -22,7 +23,8 @@ def _match_embedding(node: fx.Node, context: Context) -> Candidate:
     rows, columns = shape_of(found["weight"])
     padding = found["padding_idx"]
     attrs = {"num_embeddings": rows, "embedding_dim": columns,
-             "padding_idx": None if padding is None or padding < 0 else padding}
+             "padding_idx": None if padding is None or padding < 0 else padding,
+             **table_attrs(found["weight"], node, context)}
 
     def emit(build: Any, values: Any) -> tuple[Any, ...]:
         return (build.call(embedding_operator.overload, values["table"], values["indices"]),)
@@ -52,7 +54,8 @@ def _match_bag(node: fx.Node, context: Context) -> Candidate | Refusal:
 
     rows, columns = shape_of(found["weight"])
     attrs = {"num_embeddings": rows, "embedding_dim": columns, "mode": mode,
-             "padding_idx": padding, "weights": "weights" in inputs}
+             "padding_idx": padding, "weights": "weights" in inputs,
+             **table_attrs(found["weight"], node, context)}
     return Candidate("embedding_bag", node, inputs, (first,), emit, attrs, owner_of((node,)))
 
 

@@ -29,17 +29,31 @@ def binder(look_up: Callable[..., torch.Tensor]) -> Callable[[Call], Callable[..
     def bind(call: Call) -> Callable[..., Any]:
         names = call.operator.arguments
         table, indices = names.index("table"), names.index("indices")
+        wrap = "wrap" in names and bool(call.value("wrap"))
 
         def checked(*arguments: Any) -> torch.Tensor:
             try:
                 return look_up(*arguments)
             except (IndexError, RuntimeError):
-                check_indices(arguments[indices], arguments[table].shape[0])
+                check_indices(arguments[indices], arguments[table].shape[0], wrap)
                 raise
 
         return call.partial(checked)
 
     return bind
+
+
+def float_rows(table: torch.Tensor, indices: torch.Tensor, wrap: bool) -> torch.Tensor:
+    """Rows of a table; negative indices, which are rare, are looked for only where one is met.
+
+    For 128 rows of 384 numbers torch's look-up takes a fifth of the time of its indexing.
+    """
+    try:
+        return torch.embedding(table, indices)
+    except IndexError:
+        if not wrap:
+            raise
+    return torch.embedding(table, torch.where(indices < 0, indices + table.shape[0], indices))
 
 
 _SIGNS = bits.unpack(torch.arange(256, dtype=torch.uint8).unsqueeze(-1), 8, torch.float32)
@@ -64,7 +78,7 @@ def binary_supports(call: Call) -> str | None:
     return _supports(call)
 
 
-embedding = Kernel("torch-embedding", "embedding", _supports, binder(torch.embedding), 10)
+embedding = Kernel("torch-embedding", "embedding", _supports, binder(float_rows), 10)
 embedding_bag = Kernel("torch-embedding-bag", "embedding_bag", _supports,
                        binder(OPERATORS["embedding_bag"].reference), 10)
 binary_embedding = Kernel("torch-byte-table", "binary_embedding", binary_supports,
