@@ -39,6 +39,9 @@ REGRESSIONS = Path(__file__).parent / "fuzz_regressions"
 # further than this from the same model in float64, its own error times MARGIN is allowed: both
 # are then roundings of one real number, and neither is the better one.
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-9}
+# Rows hidden by -1e4 or -1e9 throughout: a score keeps a thousandth in float32, 1e-7 in float64,
+# and which one depends on the order of the sum.
+ROUGH_LIMITS = {torch.float32: 2e-3, torch.float64: 1e-6}
 MARGIN = 3.0
 FLOOR = 1e-3  # errors of values smaller than this are counted relative to it
 FACTORS = (1.0, 8.0)  # what float inputs are multiplied by: at 8 softmaxes saturate
@@ -151,7 +154,7 @@ def _compare(space: types.ModuleType, compiled: Any, model: torch.nn.Module,
         return "a second call gives something else"
     if pytree.tree_structure(first) != pytree.tree_structure(expected):
         return f"structure {pytree.tree_structure(first)}"
-    limit = LIMITS[space.DTYPE]
+    limit = (ROUGH_LIMITS if space.ROUGH else LIMITS)[space.DTYPE]
     for index, triple in enumerate(zip(*map(pytree.tree_leaves, (
             first, expected, eager(precise, exact))), strict=True)):
         problem = difference(*triple, limit, space.UNGUARDED)

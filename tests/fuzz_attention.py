@@ -22,7 +22,7 @@ class Writer:
         self.body: list[str] = []
         self.inputs: dict[str, str] = {}  # name -> an expression of the sizes b, n and m
         self.functions: set[str] = set()
-        self.unguarded = False
+        self.unguarded = self.rough = False
         self._count = 0
 
     def let(self, stem: str, expression: str) -> str:

@@ -40,7 +40,8 @@ def source_of(kind: str, pick: Pick) -> str:
     parts = [
         HEAD, f"SIZES = {pick(*SIZES)}", f"DYNAMIC = {pick(False, False, True)}",
         f"DTYPE = torch.{pick(*['float32'] * 3, 'float64')}",
-        f"UNGUARDED = {w.unguarded}  # exp without its maximum: overflow is the model's own", "",
+        f"UNGUARDED = {w.unguarded}  # exp without its maximum: overflow is the model's own",
+        f"ROUGH = {w.rough}  # scores near -1e4 or -1e9, that keep fewer digits", "",
         *(f"\n{FUNCTIONS[name]}" for name in sorted(w.functions)),
         "\nclass Model(nn.Module):", "    def __init__(self):", "        super().__init__()",
         indent("\n".join(w.init), " " * 8), "", f"    def forward({parameters}):",

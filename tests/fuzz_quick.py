@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 import bincompile as bc
 from bincompile.compiled import CompiledModel
 from bincompile.config import Target
-from bincompile.passes.capture import parameters
+from bincompile.passes.capture import exporting, parameters
 from bincompile.passes.graph import drop_unread, fake_mode
 from bincompile.passes.pipeline import EXACT, LOWER, run
 from bincompile.program import Program, attribute
@@ -43,7 +43,7 @@ def _traced(model: nn.Module, args: tuple[torch.Tensor, ...]) -> Program | None:
         found.append(spec)
         return leaves
 
-    with torch.no_grad():
+    with exporting(model), torch.no_grad():
         module = make_fx(flat, tracing_mode="fake", pre_dispatch=True,
                          _allow_non_fake_inputs=True)(*args)
     calls = [n for n in module.graph.nodes if n.op == "call_function"]

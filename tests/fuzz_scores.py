@@ -131,6 +131,7 @@ def _dropped(w: Writer, s: str, kept: str, low: str) -> str:
         return s
     if (how == "scaled" and "math.inf" in low) or (how == "added filled" and "finfo" in low):
         low = "-1e9"  # 0 * inf is nan; a number of float64 does not fit where's float32
+    w.rough |= low.startswith("-1e")
     return w.let("s", {
         "fill": f"{s}.masked_fill(~{kept}, {low})", "where": f"torch.where({kept}, {s}, {low})",
         "where swapped": f"torch.where(~{kept}, {low}, {s})",

@@ -57,7 +57,8 @@ SOURCE = """
 import torch
 from torch import nn
 
-SIZES, DYNAMIC, DTYPE, UNGUARDED = ((2, 3), (4, 5)), True, torch.float32, False
+SIZES, DYNAMIC, DTYPE = ((2, 3), (4, 5)), True, torch.float32
+UNGUARDED = ROUGH = False
 
 
 class Model(nn.Module):
