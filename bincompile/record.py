@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -100,7 +100,7 @@ class Rewrite:
         bytes_after: bytes of stored weights that it reads now.
         max_error: largest relative difference seen, None where it was not measured.
         node: name of the node that was put in.
-        replaces: name of the node that it stands for: of its match, or of the layer.
+        replaces: name of the node that it stands for, in the graph before any rewrite.
     """
 
     operator: str
@@ -112,3 +112,13 @@ class Rewrite:
     max_error: float | None = None
     node: str = ""
     replaces: str = ""
+
+
+def origin(node: str, rewrites: Iterable[Rewrite]) -> str:
+    """The node that a node stands for: what the rewrite that put it in replaced, or itself.
+
+    Example:
+        >>> origin("ours", [Rewrite("embedding", "", "exact", node="ours", replaces="embedding")])
+        'embedding'
+    """
+    return next((r.replaces for r in rewrites if r.node == node and r.replaces), node)

@@ -22,7 +22,7 @@ from bincompile.passes.matching import stored_sources
 from bincompile.passes.patterns import Context, owner_of
 from bincompile.passes.patterns.binary import packed_linear
 from bincompile.program import Program, target_name
-from bincompile.record import Rewrite
+from bincompile.record import Rewrite, origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def binarise(program: Program, binary: Binary, chosen: Collection[Site]) -> Prog
         replaced.add(site.node)
         rewrites.append(Rewrite(target_name(result.target).removeprefix("bincompile."), site.path,
                                 "lossy", bytes_before=site.bytes, node=result.name,
-                                replaces=site.node))
+                                replaces=origin(site.node, program.rewrites)))
     kept = tuple(r for r in rewrites if r.node not in replaced)
     return program.next(finish(module), "binary", rewrites=kept)
 

@@ -15,7 +15,7 @@ from bincompile.passes.matching import (
 from bincompile.passes.overlap import Proven, without_overlaps
 from bincompile.passes.patterns import Candidate, Context
 from bincompile.program import Program, target_name
-from bincompile.record import Evidence, Refusal, Rewrite
+from bincompile.record import Evidence, Refusal, Rewrite, origin
 
 
 def pack(program: Program) -> Program:
@@ -46,7 +46,7 @@ def pack(program: Program) -> Program:
         rewrites.append(Rewrite(target_name(placed.target).removeprefix("bincompile."), found.path,
                                 "exact", bytes_before=stored_bytes(candidate, context),
                                 max_error=found.max_error, node=placed.name,
-                                replaces=found.node))
+                                replaces=origin(found.node, program.rewrites)))
         if (found.operator, found.path) not in matched:
             matches.append(found)
     return program.next(finish(module), "packed", matches=tuple(matches),

@@ -65,17 +65,9 @@ def marks(matches: Sequence[Match], rewrites: Sequence[Rewrite], refusals: Seque
 
 
 def rewrites_of(matches: Sequence[Match], rewrites: Sequence[Rewrite]) -> list[str]:
-    """The key of the mark that each rewrite belongs to: of its match, or its own.
-
-    A rewrite may replace what an earlier one put in; both belong to the match of the first.
-    """
+    """The key of the mark that each rewrite belongs to: of its match, or its own."""
     known = {m.node: f"match-{i}" for i, m in enumerate(matches)}
-    keys = []
-    for index, rewrite in enumerate(rewrites):
-        key = known.get(rewrite.replaces, f"rewrite-{index}")
-        known[rewrite.node] = key
-        keys.append(key)
-    return keys
+    return [known.get(r.replaces, f"rewrite-{i}") for i, r in enumerate(rewrites)]
 
 
 def _hue(index: int) -> float:
