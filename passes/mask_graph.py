@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from bincompile.passes.graph import (
     aten,
@@ -35,6 +35,8 @@ COMPARING = (
     aten.mul.Tensor, aten.mul.Scalar, aten.tril.default, aten.triu.default)
 CREATING = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.ones.default,
             aten.zeros.default, aten.full.default, aten.new_ones.default, aten.new_zeros.default)
+LAYERS = (aten.linear.default, aten.addmm.default, aten.convolution.default, aten.conv1d.default,
+          aten.conv2d.default, aten.layer_norm.default, aten.rms_norm.default, aten.softmax.int)
 MOST_NODES = 200  # a mask takes fewer; what takes more is computed from the model's activations
 MOST_NUMBERS = 2**25  # in one value of a trial
 ENDLESS = 2**31  # an end of a slice that is no size
@@ -158,14 +160,14 @@ def _collected(node: fx.Node, context: Context) -> tuple[Any, ...] | None:
             continue
         if found.op == "get_attr":
             value = attribute(context.graph_module, found.target)
-            if isinstance(value, nn.Parameter):
+            if value_of(found).requires_grad:
                 return None
             stored[found] = value.double() if value.is_floating_point() else value
         elif found.op == "placeholder":
             inputs.add(found)
         else:
             nodes.add(found)
-            if len(nodes) > MOST_NODES:
+            if len(nodes) > MOST_NODES or found.target in LAYERS:
                 return None
             for read in found.all_input_nodes:
                 if not (is_tensor(read) or is_sequence(read)):

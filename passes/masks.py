@@ -166,6 +166,9 @@ def _proven(mask: Mask, graph: MaskGraph) -> Kept | None:
               if max(LENGTHS) < n <= LONGEST_MADE}
     trials = _Trials(mask, graph, tuple(sorted(compared - {0, 1}))[:6])
     found = trials.at((*LENGTHS, *sorted(wanted)))
+    if found == Kept() and not mask.boolean and any(
+            t.is_floating_point() and t.numel() > 1 for t in graph.stored.values()):
+        return None  # a stored bias that is 0
     if found is None or found.opaque or not moving:
         return found
     if any(n > LONGEST_MADE for n in made):
