@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from bincompile.compiled import CompiledModel, DeferredModel
 from bincompile.config import VIOLATIONS, Binary, Continual, Guard, Target
 from bincompile.errors import ConfigError, ContinualError, InputTypeError
-from bincompile.passes.capture import capture, check_model
+from bincompile.passes.capture import Captured, capture
 from bincompile.passes.check import prove_whole
+from bincompile.passes.examples import check_model
 from bincompile.passes.guard import guarded
+from bincompile.passes.layouts import lay_out
 from bincompile.passes.pipeline import EXACT, LOWER, run
 from bincompile.program import Program
 from bincompile.report import Report
@@ -76,9 +79,9 @@ def optimize(model: nn.Module | ExportedProgram, args: tuple[Any, ...] | None = 
         >>> compiled.report.lossy, [m.operator for m in compiled.report.matches]
         (False, ['attention'])
     """
-    options = _Options(Binary.of(binary), Target.of(target), dynamic_shapes, calibration, holdout,
-                       guard, on_violation, choices)
-    options.check(Continual.of(continual))
+    options = Options.of(
+        binary, continual, target, dynamic_shapes=dynamic_shapes, calibration=calibration,
+        holdout=holdout, guard=guard, on_violation=on_violation, choices=choices)
     if args is None and kwargs is None and not isinstance(model, ExportedProgram):
         check_model(model)
         return DeferredModel(lambda a, k: options.compile(model, a, k))
@@ -111,18 +114,32 @@ def _call(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(args), dict(kwargs)
 
 
-class _Options:
-    """The options of one `optimize`, checked."""
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of one `optimize`, checked, and the pipeline under them."""
 
-    def __init__(self, binary: Binary | None, target: Target, dynamic_shapes: Any,
-                 calibration: Any, holdout: Any, guard: Guard | None, on_violation: str,
-                 choices: Mapping[str, str] | None) -> None:
-        self.binary, self.target, self.dynamic_shapes = binary, target, dynamic_shapes
-        self.calibration, self.holdout, self.guard = calibration, holdout, guard
-        self.on_violation, self.choices = on_violation, choices
+    binary: Binary | None
+    target: Target
+    dynamic_shapes: Any = "auto"
+    calibration: Any = None
+    holdout: Any = None
+    guard: Guard | None = Guard()  # noqa: RUF009  (a frozen value)
+    on_violation: str = "fallback"
+    choices: Mapping[str, str] | None = None
 
-    def check(self, continual: Continual | None) -> None:
-        """Raise for what is not allowed or not there yet."""
+    @classmethod
+    def of(cls, binary: Any = None, continual: Any = None, target: Any = None,
+           **options: Any) -> Options:
+        """The options as a user gives them.
+
+        Raises:
+            ConfigError: one that does not exist or does not go with the others.
+        """
+        found = cls(Binary.of(binary), Target.of(target), **options)
+        found._check(Continual.of(continual))
+        return found
+
+    def _check(self, continual: Continual | None) -> None:
         if continual is not None:
             raise ContinualError("continual= is not available yet", "continual=None",
                                  "leave continual= out and call the compiled model on the window")
@@ -138,20 +155,36 @@ class _Options:
             raise ConfigError("calibration data without a lossy rewrite", "data with binary=",
                               "pass binary=, or leave calibration= and holdout= out")
 
-    def compile(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledModel:
-        """The whole pipeline on one call of the model."""
-        captured = capture(model, args, kwargs, self.dynamic_shapes)
-        program = run(EXACT, captured.program)
-        if self.binary is not None:
-            program = guarded(program, self.binary, self.guard, self.calibration, self.holdout,
-                              self.on_violation)
+    def capture(self, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+        """The program of one call."""
+        return capture(model, args, kwargs, self.dynamic_shapes)
+
+    def rewrite(self, program: Program) -> Program:
+        """The program after all rewrites, exact and lossy."""
+        program = run(EXACT, program)
+        if self.binary is None:
+            return program
+        return guarded(program, self.binary, self.guard, self.calibration, self.holdout,
+                       self.on_violation)
+
+    def finish(self, captured: Captured, program: Program,
+               weights: Sequence[torch.Tensor] = ()) -> CompiledModel:
+        """The program lowered, bound and proven; `weights` are inputs behind the example's."""
         program = run(LOWER, program)
         _dump(program)
         executable = bind(program, self.target, self.choices)
         if captured.example is not None:
-            note = prove_whole(captured.model, program, executable, captured.example)
-            program = dataclasses.replace(program, notes=(*program.notes, note))
+            whole = prove_whole(captured.model, program, executable, captured.example, weights)
+            program = dataclasses.replace(program, notes=(*program.notes, whole.note))
+            relaid = lay_out(program, whole.expected, whole.found)
+            if relaid is not program:
+                program, executable = relaid, bind(relaid, self.target, executable.kernels)
         return CompiledModel(program, executable, self.target)
+
+    def compile(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledModel:
+        """The whole pipeline on one call of the model."""
+        captured = self.capture(model, args, kwargs)
+        return self.finish(captured, self.rewrite(captured.program))
 
 
 def _dump(program: Program) -> None:

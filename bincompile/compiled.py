@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from bincompile.config import Target
 from bincompile.errors import ConfigError, ContinualError, InputError, InputTypeError
 from bincompile.program import Program
@@ -70,7 +72,7 @@ class CompiledModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         signature = self._program.signature
-        return signature.unflatten(self._executable(*signature.flatten(args, kwargs)))
+        return signature.unflatten(run(self._executable, signature.flatten(args, kwargs)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to one file that `bincompile.load` reads; see `bincompile.artifact`."""
@@ -86,6 +88,14 @@ class CompiledModel:
 
     def __repr__(self) -> str:
         return f"CompiledModel({self.report.summary()}; {self._target})"
+
+
+def run(executable: Executable, flat: list[Any]) -> tuple[Any, ...]:
+    """The flat results of a call; casts are the captured program's, not the caller's autocast."""
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return executable(*flat)
+    return executable(*flat)
 
 
 class DeferredModel(CompiledModel):
@@ -121,7 +131,7 @@ class DeferredModel(CompiledModel):
                 flat = variant.program.signature.flatten(args, kwargs)
             except (InputError, InputTypeError):
                 continue
-            return variant.program.signature.unflatten(variant.executable(*flat))
+            return variant.program.signature.unflatten(run(variant.executable, flat))
         self.variants.insert(0, self._make(args, kwargs))
         return self.variants[0](*args, **kwargs)
 

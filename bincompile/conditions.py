@@ -44,6 +44,16 @@ def names(text: str) -> set[str]:
     return {name for name in found if name not in _FUNCTIONS}
 
 
+def tidy(text: str) -> str:
+    """A condition without needless brackets.
+
+    Example:
+        >>> tidy("((4*s0) % 3) == 0")
+        '4 * s0 % 3 == 0'
+    """
+    return ast.unparse(ast.parse(text, mode="eval"))
+
+
 def broken(conditions: tuple[str, ...], sizes: Mapping[str, int]) -> str | None:
     """The first condition that these sizes break, or None.
 

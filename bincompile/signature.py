@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from bincompile import conditions
 from bincompile.errors import InputError, InputTypeError
+from bincompile.structure import hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Signature:
             return list(args)
         flat, spec = pytree.tree_flatten((args, kwargs))
         if spec != self.in_spec:
+            args, kwargs = hold((args, kwargs))
             arranged = _ordered(self._arrange(args, kwargs), self.in_spec)
             flat, spec = pytree.tree_flatten(arranged)
         if spec != self.in_spec:
@@ -122,7 +124,7 @@ class Signature:
         sizes: dict[str, int] = {}
         for spec, value in zip(self.inputs, flat, strict=True):
             if spec.dtype is None:
-                if value is not spec.constant and value != spec.constant:
+                if not _same(value, spec.constant):
                     raise InputTypeError(f"{spec.name}={value!r}", f"{spec.constant!r}",
                                          f"{spec.name}, or pass the new value to optimize")
                 continue
@@ -142,11 +144,18 @@ class Signature:
     def _check_conditions(self, sizes: dict[str, int]) -> None:
         text = conditions.broken(self.conditions, sizes)
         if text is not None:
-            given = ", ".join(f"{name} = {sizes[name]}" for name in sorted(conditions.names(text)))
-            shown = ", ".join(str(i) for i in self.inputs if i.dtype is not None)
-            raise InputError(f"a call with {given}", f"{text}, where the inputs are {shown}",
+            given = ", ".join(f"{self.place(name)} = {sizes[name]}"
+                              for name in sorted(conditions.names(text)))
+            raise InputError(f"a call with {given}", conditions.tidy(text),
                              "these sizes, or pass an example of them to optimize: the model does "
                              "something else at them")
+
+    def place(self, symbol: str) -> str:
+        """Where a symbol stands first, e.g. "dimension 1 of input_ids (s0)"."""
+        for spec in self.inputs:
+            if symbol in spec.shape:
+                return f"dimension {spec.shape.index(symbol)} of {spec.name} ({symbol})"
+        return symbol
 
     def _check_size(self, spec: InputSpec, axis: int, want: int | str, size: int,
                     sizes: dict[str, int]) -> None:
@@ -162,21 +171,35 @@ class Signature:
                               f"the input {spec.name}")
         if sizes.setdefault(want, size) != size:
             raise _wrong_size(spec, axis, size,
-                              f"{sizes[want]}, the size of {want} in an earlier input",
+                              f"{sizes[want]}, as in an earlier input: {self.place(want)}",
                               "the inputs: these two sizes have to be equal")
 
     def _arrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """The same call with arguments positional and named as they were when captured."""
         args_spec, kwargs_spec = self.in_spec.children()
         captured = list(kwargs_spec.context) if kwargs_spec.type is dict else []
-        given = dict(zip(self.names, args, strict=False)) | kwargs
+        given = {**self.defaults, **dict(zip(self.names, args, strict=False)), **kwargs}
         positional = self.names[:args_spec.num_children]
         if len(args) > len(self.names) or any(n not in given for n in (*positional, *captured)):
             return args, kwargs
         extra = {k: v for k, v in given.items() if k not in positional and k not in captured
-                 and not (k in self.defaults and v is self.defaults[k])}
+                 and not (k in self.defaults and _same(v, self.defaults[k]))}
         return (tuple(given[n] for n in positional),
                 {n: given[n] for n in captured} | extra)
+
+
+def _same(value: Any, constant: Any) -> bool:
+    """Whether a value may stand for a captured one: equal, and of the same type and sign."""
+    if value is constant:
+        return True
+    if type(value) is not type(constant):
+        return False
+    if isinstance(value, float | complex):
+        return repr(value) == repr(constant)
+    try:
+        return bool(value == constant)
+    except (RuntimeError, ValueError):  # arrays of several elements have no truth
+        return False
 
 
 def _wrong_size(spec: InputSpec, axis: int, size: int, allowed: str, change: str) -> InputError:

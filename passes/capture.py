@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
+import functools
 import io
-import itertools
 import logging
 import re
 import sys
@@ -22,17 +21,30 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from bincompile.errors import CaptureError, ConfigError, InputError, InputTypeError
 from bincompile.passes.check import check_sizes
+from bincompile.passes.examples import (
+    check_model,
+    dynamic_axes,
+    grown,
+    is_open_ended,
+    labels_of,
+    parameters,
+    run_recorded,
+    stated_axes,
+)
 from bincompile.passes.sizes import conditions
 from bincompile.passes.unlift import WRAPPER, unlift
 from bincompile.program import Program
 from bincompile.signature import InputSpec, Signature
+from bincompile.structure import hold
 
 log = logging.getLogger(__name__)
+
+_LOUD = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +68,24 @@ def capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
         CaptureError: the model has no graph.
         ProofError: the graph is not the model.
     """
-    captured = _checked(_capture(model, args, kwargs, dynamic_shapes))
+    captured = _checked(_capture(model, args, kwargs, dynamic_shapes), model)
     if captured.example is None or isinstance(model, ExportedProgram):
         return captured
     try:
         captured.program.signature.flatten(tuple(args), dict(kwargs or {}))
     except InputError:  # the given sizes of 1 were doubled, and the model treats them apart
-        return _checked(_capture(model, args, kwargs, dynamic_shapes, grow=False))
+        return _checked(_capture(model, args, kwargs, dynamic_shapes, grow=False), model)
     return captured
 
 
-def _checked(captured: Captured) -> Captured:
+def _checked(captured: Captured, model: nn.Module | ExportedProgram) -> Captured:
     if captured.example is None:
         return captured
-    program = check_sizes(captured.program, captured.model, captured.example, captured.doubtful)
+    with exporting(model), torch.no_grad():
+        expected = captured.model([v.clone() if isinstance(v, torch.Tensor) else v
+                                   for v in captured.example])
+    program = check_sizes(captured.program, captured.model, captured.example, expected,
+                          captured.doubtful)
     return dataclasses.replace(captured, program=program)
 
 
@@ -80,36 +96,49 @@ def _capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...],
         return _from_exported(model, args, kwargs)
     check_model(model)
     args, kwargs = tuple(args), dict(kwargs or {})
-    if dynamic_shapes not in ("auto", None):
+    stated = dynamic_shapes not in ("auto", None)
+    if stated and not is_open_ended(model, kwargs):
         with exporting(model):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes,
                                            strict=False)
         return _from_exported(exported, args, kwargs, *parameters(model))
-    flat, in_spec = pytree.tree_flatten((args, kwargs))
+    held = hold((args, kwargs))
+    flat, in_spec = pytree.tree_flatten(held)
     example = [v.detach().clone() if isinstance(v, torch.Tensor) else v for v in flat]
     if not any(isinstance(v, torch.Tensor) for v in flat):
         raise InputTypeError(f"a call without tensors: {args} {kwargs}", "at least one tensor",
                              "args= and kwargs= of optimize")
-    wrapped, out_spec = _Flat(model, example, in_spec), []
+    wrapped = _Flat(model, example, in_spec)
     with exporting(model), torch.no_grad():
         example = grown(wrapped, example) if grow and dynamic_shapes == "auto" else example
-        out_spec.append(_structure_of_result(model, example, in_spec))
         tensors = tuple(v for v in example if isinstance(v, torch.Tensor))
-        shapes = (dynamic_axes(tensors),) if dynamic_shapes == "auto" else None
+        shapes = (stated_axes(model, args, kwargs, dynamic_shapes),) if stated else \
+            (dynamic_axes(tensors),) if dynamic_shapes == "auto" else None
         exported = torch.export.export(wrapped, tensors, dynamic_shapes=shapes, strict=False)
         exported = exported.run_decompositions({})
     names, defaults = parameters(model)
-    labels = _labels(args, kwargs, names)
+    labels = labels_of(*held, names)
     graph_module, values = unlift(exported)
     tensor_values = iter(values)
     inputs = tuple(
         _spec(label, next(tensor_values)) if isinstance(v, torch.Tensor)
         else InputSpec(label, constant=v) for label, v in zip(labels, flat, strict=True))
     _name_inputs(graph_module, flat, labels)
-    signature, doubtful = _conditioned(
-        Signature(inputs, in_spec, out_spec[0], names, defaults, _ranges(exported, inputs)), values)
-    return Captured(Program(graph_module, signature), _flat_function(model, in_spec), example,
-                    doubtful)
+    plain = Signature(inputs, in_spec, wrapped.out_spec, names, defaults,
+                      _ranges(exported, inputs))
+    signature, doubtful = _conditioned(plain, values)
+    program = Program(graph_module, signature, notes=_fixed_sizes(signature, shapes))
+    return Captured(program, _flat_function(model, in_spec), example, doubtful)
+
+
+def _fixed_sizes(signature: Signature, shapes: Any) -> tuple[str, ...]:
+    """A note of the sizes that were to vary and that the model fixed."""
+    tensors = [spec for spec in signature.inputs if spec.dtype is not None]
+    found = [f"dimension {axis} of {spec.name} to {spec.shape[axis]}"
+             for spec, axes in zip(tensors, shapes[0] if shapes else (), strict=bool(shapes))
+             for axis in (axes if isinstance(axes, dict) else ())
+             if isinstance(spec.shape[axis], int)]
+    return (f"the model fixes {', '.join(found)}",) if found else ()
 
 
 def _flat_function(model: nn.Module, in_spec: pytree.TreeSpec) -> Callable[[list[Any]], list[Any]]:
@@ -118,7 +147,7 @@ def _flat_function(model: nn.Module, in_spec: pytree.TreeSpec) -> Callable[[list
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            return pytree.tree_leaves(model(*args, **kwargs))
+            return pytree.tree_leaves(hold(model(*args, **kwargs), fixed=True))
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -147,37 +176,11 @@ def _from_exported(exported: ExportedProgram, args: tuple[Any, ...],
                     doubtful)
 
 
-def _structure_of_result(model: nn.Module, flat: list[Any],
-                         in_spec: pytree.TreeSpec) -> pytree.TreeSpec:
-    """The structure of what one call returns; the call may not change its lists and dicts."""
-    args, kwargs = pytree.tree_unflatten(flat, in_spec)
-    result = pytree.tree_structure(model(*args, **kwargs))
-    after, spec = pytree.tree_flatten((args, kwargs))
-    if spec != in_spec or any(a is not b for a, b in zip(after, flat, strict=True)):
-        raise CaptureError("the forward changes a list or a dict among its inputs",
-                           "a forward that leaves its inputs as they are",
-                           "return the new values, or call the model without that input")
-    return result
-
-
-def check_model(model: Any) -> None:
-    """Raise unless this is a model in eval mode, all of whose layers are ready."""
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"a model of type {type(model).__name__}",
-                             "nn.Module, fx.GraphModule or torch.export.ExportedProgram",
-                             "the model argument")
-    training = next((name or "the model" for name, m in model.named_modules() if m.training), None)
-    if training is not None:
-        raise ConfigError(f"{training} is in training mode", "a model in eval mode",
-                          "call model.eval() before optimize")
-    for module in model.modules():
-        check = getattr(type(module), "check_before_capture", None)  # of layers that may not be
-        if check is not None:  # called before they are ready, or the call would change them
-            check(module)
-
-
 class _Flat(nn.Module):
-    """The model as a function of its tensors alone, in pytree order, returning a flat tuple."""
+    """The model as a function of its tensors alone, in pytree order, returning a flat tuple.
+
+    `out_spec` is the structure of what the last call returned.
+    """
 
     def __init__(self, model: nn.Module, flat: list[Any], in_spec: pytree.TreeSpec) -> None:
         super().__init__()
@@ -185,41 +188,26 @@ class _Flat(nn.Module):
         self.add_module(WRAPPER, model)
         self._constants = tuple(None if isinstance(v, torch.Tensor) else (v,) for v in flat)
         self._in_spec = in_spec
+        self.out_spec: pytree.TreeSpec
 
     def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         remaining = iter(tensors)
         flat = [next(remaining) if c is None else c[0] for c in self._constants]
         args, kwargs = pytree.tree_unflatten(flat, self._in_spec)
-        return tuple(pytree.tree_leaves(self.get_submodule(WRAPPER)(*args, **kwargs)))
-
-
-def grown(model: nn.Module, example: list[Any]) -> list[Any]:
-    """The example with sizes of 1 in the first two axes doubled, where the model runs with it.
-
-    `torch.export` fixes an axis whose example size is 1 or 0.
-    """
-    for axis in (0, 1):
-        wider = [torch.cat((v, v), axis)
-                 if isinstance(v, torch.Tensor) and v.ndim > axis and v.shape[axis] == 1 else v
-                 for v in example]
-        tensors = [v for v in wider if isinstance(v, torch.Tensor)]
-        if all(a is b for a, b in zip(wider, example, strict=True)):
-            continue
-        with contextlib.suppress(Exception):  # a size that has to be 1 makes the model raise
-            model(*tensors)
-            example = wider
-    return example
-
-
-def dynamic_axes(tensors: tuple[torch.Tensor, ...]) -> tuple[dict[int, Any], ...]:
-    """Which axes of each input may vary: the first two, and others of the same size."""
-    sizes = {size for t in tensors for size in t.shape[:2]}
-    return tuple({axis: Dim.AUTO for axis, size in enumerate(t.shape)
-                  if size > 1 and (axis < 2 or size in sizes)} for t in tensors)
+        model = self.get_submodule(WRAPPER)
+        call = functools.partial(run_recorded, model) if type(model) is fx.GraphModule else model
+        result = hold(call(*args, **kwargs), fixed=True)
+        after, spec = pytree.tree_flatten(hold((args, kwargs)))
+        if spec != self._in_spec or any(a is not b for a, b in zip(after, flat, strict=True)):
+            raise CaptureError("the forward changes a list, a dict or an object of its inputs",
+                               "a forward that leaves its inputs as they are",
+                               "return the new values, or call the model without that input")
+        leaves, self.out_spec = pytree.tree_flatten(result)
+        return tuple(leaves)
 
 
 @contextlib.contextmanager
-def exporting(model: nn.Module) -> Iterator[None]:
+def exporting(model: nn.Module | ExportedProgram) -> Iterator[None]:
     """torch as it has to be while a model is captured; failures become `CaptureError`."""
     from torch.nn.modules import transformer
 
@@ -243,9 +231,10 @@ def exporting(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what torch prints beside an exception (graph, advice) for the log: ours says it all."""
-    logger, printed = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    printed = io.StringIO()
+    levels = {logger: logger.level for logger in map(logging.getLogger, _LOUD)}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
     try:
         with contextlib.redirect_stderr(printed):
             yield
@@ -254,10 +243,11 @@ def _quiet() -> Iterator[None]:
         log.debug("printed while capturing:\n%s", printed.getvalue())
         raise
     finally:
-        logger.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
-def _explain(model: nn.Module, error: Exception) -> CaptureError:
+def _explain(model: nn.Module | ExportedProgram, error: Exception) -> CaptureError:
     library = str(Path(torch.__file__).parent)
     frames = [f for f in traceback.extract_tb(error.__traceback__)
               if not f.filename.startswith((library, str(Path(__file__).parent), "<"))
@@ -287,23 +277,6 @@ def _name_inputs(module: fx.GraphModule, flat: list[Any], labels: list[str]) -> 
         replaced.replace_all_uses_with(node)
         graph.erase_node(replaced)
     module.recompile()
-
-
-def parameters(model: nn.Module) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Names of the positional parameters of forward, and their defaults."""
-    found = inspect.signature(model.forward).parameters.values()
-    named = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return (tuple(p.name for p in named),
-            {p.name: p.default for p in found if p.default is not p.empty})
-
-
-def _labels(args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> list[str]:
-    tops = [*itertools.islice(itertools.chain(names, (f"arg{i}" for i in itertools.count())),
-                              len(args)), *kwargs]
-    found = []
-    for top, value in zip(tops, [*args, *kwargs.values()], strict=True):
-        found += [top + pytree.keystr(path) for path, _ in pytree.tree_leaves_with_path(value)]
-    return found
 
 
 def _spec(name: str, value: torch.Tensor) -> InputSpec:

@@ -29,18 +29,20 @@ FLIPPED_SHARE, FLIPPED_SIZE = 1e-5, 1e-6
 
 
 def check_sizes(program: Program, model: Callable[[list[Any]], list[Any]],
-                example: Sequence[Any], doubtful: Sequence[str] = ()) -> Program:
+                example: Sequence[Any], expected: list[Any],
+                doubtful: Sequence[str] = ()) -> Program:
     """The program with sizes fixed where it does not follow the model at other sizes.
 
     Args:
         model: the user's model as a function of flat inputs to flat outputs.
         example: the flat inputs that it was captured with.
+        expected: what the model gives for them.
         doubtful: conditions on sizes that are kept unless the program does without them.
 
     Raises:
         ProofError: the program is wrong at the example's own sizes.
     """
-    worst = _disagreement(program, model, list(example))
+    worst = _against(expected, program, list(example))
     if worst is not None:
         raise ProofError(f"the captured graph differs from the model: {worst}",
                          "a forward that gives the same results for the same inputs",
@@ -53,8 +55,9 @@ def check_sizes(program: Program, model: Callable[[list[Any]], list[Any]],
         worst = None if resized is None else _disagreement(program, model, resized)
         if worst is not None and size == 1:
             program = _least(program, symbols, 2)
-            notes.append(f"a size of 1 is refused for {', '.join(sorted(symbols))}: the model "
-                         f"treats it apart ({worst})")
+            places = ", ".join(map(program.signature.place, sorted(symbols)))
+            notes.append(f"a size of 1 is refused for {places}: the model treats it apart "
+                         f"({worst})")
         elif worst is not None:
             program = _fixed(program, example)
             notes.append(f"sizes are fixed to the example's: the graph does not follow the "
@@ -139,11 +142,21 @@ def _against(expected: list[Any], program: Program, flat: list[Any]) -> str | No
         except Exception as error:
             first = str(error).partition("\n")[0][:120]
             return f"the graph fails with {type(error).__name__}: {first}"
-    return disagreement(expected, found)
+    return disagreement(expected, found, rounding(program))
 
 
-def disagreement(expected: Sequence[Any], found: Sequence[Any]) -> str | None:
-    """How two lists of flat outputs differ by more than rounding; None if they don't."""
+def rounding(program: Program) -> float:
+    """The limit of the coarsest float dtype that a program computes in."""
+    dtypes = {v.dtype for n in program.graph.nodes
+              if isinstance(v := n.meta.get("val"), torch.Tensor)}
+    return max((LIMITS[d] for d in dtypes if d in LIMITS), default=0.0)
+
+
+def disagreement(expected: Sequence[Any], found: Sequence[Any], limit: float = 0.0) -> str | None:
+    """How two lists of flat outputs differ by more than rounding; None if they don't.
+
+    Floats may differ by the limit of their dtype, or by `limit` where that is more.
+    """
     for index, (left, right) in enumerate(zip(expected, found, strict=True)):
         if not isinstance(left, torch.Tensor):
             if left != right:
@@ -151,7 +164,8 @@ def disagreement(expected: Sequence[Any], found: Sequence[Any]) -> str | None:
         elif left.shape != right.shape or left.dtype != right.dtype:
             return (f"output {index} is {right.dtype} {tuple(right.shape)}, "
                     f"not {left.dtype} {tuple(left.shape)}")
-        elif (error := difference(left, right)) > LIMITS.get(left.dtype, 0.0):
+        elif (error := difference(left, right)) > max(
+                LIMITS.get(left.dtype, 0.0), limit if left.is_floating_point() else 0.0):
             return f"output {index} differs by {error:.2g}"
     return None
 
@@ -203,13 +217,16 @@ def _fixed(program: Program, example: Sequence[Any]) -> Program:
     return dataclasses.replace(program, signature=signature)
 
 
-def flipped_bits(before: Program, after: Program, flat: Sequence[Any]) -> tuple[float, float]:
+def flipped_bits(before: Program, after: Program, flat: Sequence[Any],
+                 weights: Sequence[torch.Tensor] = ()) -> tuple[float, float]:
     """How many signs differ between two stages of a program, and how near to 0 their values are.
+
+    `weights` are inputs of the later stage alone, behind the others.
 
     Returns:
         The share of signs that differ, and the largest |x| among them relative to its row's scale.
     """
-    left, right = (_binarised_inputs(p, flat) for p in (before, after))
+    left, right = _binarised_inputs(before, flat), _binarised_inputs(after, [*flat, *weights])
     total = flipped = 0
     largest = 0.0
     for a, b in zip(left, right, strict=True):
@@ -272,28 +289,42 @@ def _check_kernel(name: str, tolerance: Any, expected: Any, found: Any) -> None:
 
 
 def prove_whole(model: Callable[[list[Any]], list[Any]] | None, program: Program,
-                executable: Executable, example: Sequence[Any]) -> str:
-    """Compare what was compiled with the model on the example; returns the note for the report.
+                executable: Executable, example: Sequence[Any],
+                weights: Sequence[torch.Tensor] = ()) -> Whole:
+    """Compare what was compiled with the model on the example.
 
     Kernels are held to their references; the whole model to its dtype's limit, or, where signs
-    are taken on the way, to the share of signs that rounding may flip.
+    are taken on the way, to the share of signs that rounding may flip. `weights` are inputs that
+    the program takes behind those of the model.
 
     Raises:
         ProofError: a limit is broken.
     """
-    check_kernels(program, executable, example)
+    flat = [*example, *weights]
+    check_kernels(program, executable, flat)
     if program.lossy or model is None:
-        return "kernels agree with their references on the example"
-    share, size = flipped_bits(program.at("normal"), program, example)
+        return Whole("kernels agree with their references on the example")
+    share, size = flipped_bits(program.at("normal"), program, example, weights)
     if share > FLIPPED_SHARE or size > FLIPPED_SIZE:
         raise ProofError(f"{share:.1e} of the signs differ from the model's, at up to {size:.1e} "
                          "of their row's scale", f"{FLIPPED_SHARE:.0e}, at {FLIPPED_SIZE:.0e}",
                          "report the model")
     with torch.no_grad():
-        expected, found = model([_copy(v) for v in example]), executable(*example)
-    worst = disagreement(expected, found)
+        expected, found = model([_copy(v) for v in example]), executable(*flat)
+    limit = rounding(program)
+    worst = disagreement(expected, found, limit)
     if worst is not None and not share:
         raise ProofError(f"the compiled program differs from the model: {worst}",
-                         f"at most {LIMITS[torch.float32]:.0e} relative", "report the model")
-    return (f"whole model at the example's sizes: largest relative difference "
+                         f"at most {limit:.0e} relative", "report the model")
+    note = (f"whole model at the example's sizes: largest relative difference "
             f"{largest_difference(expected, found):.1e}, flipped signs {share:.1e}")
+    return Whole(note, expected, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A note for the report, and the flat results of the model and of what was compiled."""
+
+    note: str
+    expected: Sequence[Any] = ()
+    found: Sequence[Any] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def _own_stack(node: fx.Node) -> dict[str, tuple[str, Any]]:
     """The module stack with paths as the user's model names them."""
     found = {}
     for key, (path, *rest) in (node.meta.get("nn_module_stack") or {}).items():
-        path = path.removeprefix("L['self']").removeprefix(".")
+        path = re.sub(r"^[LG]\['\w+'\]\.?", "", path)
         path = path.removeprefix(WRAPPER).removeprefix(".") if path != WRAPPER else ""
         if not path.startswith("_empty_nn_module_stack"):
             found[key] = (path, *rest)
