@@ -60,7 +60,7 @@ def _zeros(role: str, value: torch.Tensor) -> torch.Tensor:
 def _huge(role: str, value: torch.Tensor) -> torch.Tensor:
     if role.startswith("factor") or value.dtype == torch.bool:
         return value
-    return torch.where(value >= 0, 1e4, -1e4)
+    return torch.where(value >= 0, 1e4, -1e4).to(value.dtype)
 
 
 def _equal_rows(role: str, value: torch.Tensor) -> torch.Tensor:
@@ -174,6 +174,8 @@ def _try_all(cut: _Cut, numbers: Assignment,
             return f"the comparison fails: {type(failed).__name__}: {failed}"
         if isinstance(outcome, str):
             return outcome
+        if outcome is None and tried:
+            return f"the model's own subgraph fails on inputs of kind '{trial.name}'"
         if outcome is None:
             break
         tried += 1

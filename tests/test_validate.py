@@ -12,28 +12,15 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from wrong_rules import Arguments, Spelled, candidates, put, tensors, verdict
 
 import bincompile as bc
 from bincompile.ops import OPERATORS
-from bincompile.passes.capture import capture
-from bincompile.passes.matching import anchors, candidate_at
-from bincompile.passes.normalise import normalise
-from bincompile.passes.patterns import Candidate, Context
+from bincompile.passes.patterns import Candidate
 from bincompile.passes.validate import LIMIT, validate
 from bincompile.record import Evidence
 
 # The ten spellings: what a user may write, whether it is attention, and where it is not, why.
-
-
-class Spelled(nn.Module):
-    """A core `(q, k, v) -> out` on inputs of (batch, heads, tokens, features)."""
-
-    def __init__(self, core: Callable[..., torch.Tensor]) -> None:
-        super().__init__()
-        self.core = core
-
-    def forward(self, *tensors: torch.Tensor) -> Any:
-        return self.core(*tensors)
 
 
 def causal(q: torch.Tensor) -> torch.Tensor:
@@ -120,35 +107,6 @@ def test_a_match_says_what_the_model_computes() -> None:
 
 # Wrong rules: a right candidate whose emitted operator is changed on the way.
 
-Arguments = dict[str, Any]
-
-
-class Twisted:
-    """A build that changes the arguments or the results of one operator."""
-
-    def __init__(self, build: Any, operator: str, change: Callable[[Arguments], Any]) -> None:
-        self.build, self.operator, self.change = build, OPERATORS[operator], change
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:
-        if target is not self.operator.overload:
-            return self.build.call(target, *args, **kwargs)
-        changed = self.change(self.operator.bind(args, kwargs))
-        return self.operator.reference(**changed) if isinstance(changed, dict) else changed
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.build, name)
-
-
-def candidates(model: nn.Module, args: tuple[Any, ...]) -> tuple[Candidate, Any]:
-    """The one candidate of a model, and the graph that it is in."""
-    program = normalise(capture(model.eval(), args).program)
-    context = Context.of(program)
-    found = [candidate_at(pattern, node, context)
-             for stage in ("canonical", "packed") for pattern, node in anchors(program, stage)]
-    (candidate,) = [c for c in found if isinstance(c, Candidate)]
-    return candidate, program.graph_module
-
-
 def masked(q, k, v, bias, kept, window):
     scores = (q @ k.mT * 0.3 + bias).masked_fill(~kept, -math.inf)
     return torch.softmax(torch.where(window, scores, -math.inf), -1) @ v
@@ -173,11 +131,6 @@ def weighted(q, k, v):
 
 def tempered(q, k, v, temperature):
     return torch.softmax(q @ k.mT / temperature, -1) @ v
-
-
-def tensors(*more: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Queries, keys and values with as many tokens as features, so that any may be swapped."""
-    return (*(torch.randn(2, 3, 8, 8) for _ in range(3)), *(make() for make in more))
 
 
 def kept() -> torch.Tensor:
@@ -211,11 +164,6 @@ class WeightedBag(nn.EmbeddingBag):
 @functools.cache
 def form(name: str) -> tuple[Candidate, Any]:
     return candidates(*FORMS[name]())
-
-
-def put(**changes: Callable[[Arguments], Any]) -> Callable[[Arguments], Arguments]:
-    """A change of some arguments, each computed from all of them."""
-    return lambda a: {**a, **{name: make(a) for name, make in changes.items()}}
 
 
 def over_another_axis(a: Arguments) -> Any:
@@ -325,9 +273,7 @@ def test_the_right_rule_is_proven(name: str) -> None:
 def test_a_wrong_rule_is_refused(name: str, where: str, operator: str,
                                  change: Callable[[Arguments], Any]) -> None:
     candidate, graph_module = form(where)
-    wrong = dataclasses.replace(candidate, emit=lambda build, values: candidate.emit(
-        Twisted(build, operator, change), values))
-    found = validate(wrong, graph_module)
+    found = verdict(candidate, graph_module, operator, change)
     assert isinstance(found, str) and found
 
 
