@@ -1,26 +1,28 @@
 """Binarise: float weights become bits. Lossy, only on request, only as far as the guard allows.
 
 A weight W becomes sign(W) times its mean |W| of each row, which is the closest such matrix
-(XNOR-Net, arXiv:1603.05279).
+(XNOR-Net, arXiv:1603.05279). Layers that share a weight share its bits; one of them that stays
+float keeps the float weight.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator
-from typing import Any
 
 from torch import fx
 
 from bincompile.config import Binary
 from bincompile.ops.binary_embedding import binary_embedding
+from bincompile.ops.binary_embedding_bag import binary_embedding_bag
 from bincompile.ops.binary_linear import binary_linear
 from bincompile.ops.embedding import embedding
+from bincompile.ops.embedding_bag import embedding_bag
 from bincompile.ops.pack_signs import pack_signs
-from bincompile.passes.graph import Build, aten, copy_module, finish, shape_of
+from bincompile.passes.graph import Build, aten, copy_module, finish, shape_of, value_of
 from bincompile.passes.matching import stored_sources
 from bincompile.passes.patterns import Context, owner_of
-from bincompile.passes.patterns.binary import packed_linear
+from bincompile.passes.tables import wrapped
 from bincompile.program import Program, target_name
 from bincompile.record import Rewrite, origin
 
@@ -49,20 +51,28 @@ def _weights(program: Program, binary: Binary) -> Iterator[tuple[fx.Node, str, f
         if binary.linear and node.target is aten.linear.default \
                 and len(shape_of(node.args[1])) == 2:
             yield node, binary_linear.name, node.args[1]
-        elif binary.embedding and node.target is embedding.overload:
-            yield node, binary_embedding.name, node.args[0]
+        elif binary.embedding and node.target in TABLES:
+            table = value_of(node.args[0])
+            if table.dtype.is_floating_point and table.shape[1] > 1:  # else its scales are as large
+                yield node, TABLES[node.target], node.args[0]
+
+
+TABLES = {embedding.overload: binary_embedding.name,
+          embedding_bag.overload: binary_embedding_bag.name}
 
 
 def binarise(program: Program, binary: Binary, chosen: Collection[Site]) -> Program:
     """The program with the chosen layers binary."""
     module, copies = copy_module(program.graph_module)
     originals, rewrites = {n.name: n for n in program.graph.nodes}, list(program.rewrites)
-    replaced = set()
+    replaced, packed = set(), dict[fx.Node, tuple[fx.Node, fx.Node]]()
     for site in chosen:
         node = copies[originals[site.node]]
+        weight = node.args[1 if site.operator == binary_linear.name else 0]
+        if weight not in packed:  # before the first of all that read it
+            packed[weight] = _packed(Build(module.graph, weight.next, like=node), weight)
         build = Build(module.graph, node, like=node)
-        result = (_linear if site.operator == binary_linear.name else _embedding)(
-            build, node, binary)
+        result = EMIT[site.operator](build, node, *packed[weight], binary)
         node.replace_all_uses_with(result)
         copies[originals[site.node]] = result
         replaced.add(site.node)
@@ -73,19 +83,36 @@ def binarise(program: Program, binary: Binary, chosen: Collection[Site]) -> Prog
     return program.next(finish(module), "binary", rewrites=kept)
 
 
-def _linear(build: Build, node: fx.Node, binary: Binary) -> fx.Node:
+def _packed(build: Build, weight: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The signs of a weight, and the mean of each row of its magnitudes."""
+    return (build.call(pack_signs.overload, weight),
+            build.call(aten.mean.dim, build.call(aten.abs.default, weight), [1]))
+
+
+def _linear(build: Build, node: fx.Node, signs: fx.Node, scale: fx.Node,
+            binary: Binary) -> fx.Node:
     x, weight, bias = (*node.args, None)[:3]
     activation = "binary" if binary.precision == "w1a1" else "float"
-    return packed_linear(build, x, weight, _row_means(build, weight), bias,
-                         shape_of(weight)[1], activation)
+    return build.call(binary_linear.overload, x, signs, scale, bias, shape_of(weight)[1],
+                      activation, None, None)
 
 
-def _embedding(build: Build, node: fx.Node, binary: Binary) -> fx.Node:
-    table, indices = node.args
-    packed = build.call(pack_signs.overload, table)
-    return build.call(binary_embedding.overload, indices, packed, _row_means(build, table),
-                      shape_of(table)[1])
+def _embedding(build: Build, node: fx.Node, signs: fx.Node, scale: fx.Node,
+               binary: Binary) -> fx.Node:
+    found = embedding.bind(node.args, dict(node.kwargs))
+    rows, columns = shape_of(found["table"])
+    indices = found["indices"]
+    if found["wrap"]:
+        indices = wrapped(build, indices, rows)
+    return build.call(binary_embedding.overload, indices, signs, scale, columns)
 
 
-def _row_means(build: Build, weight: Any) -> fx.Node:
-    return build.call(aten.mean.dim, build.call(aten.abs.default, weight), [1])
+def _bag(build: Build, node: fx.Node, signs: fx.Node, scale: fx.Node, binary: Binary) -> fx.Node:
+    found = embedding_bag.bind(node.args, dict(node.kwargs))
+    return build.call(binary_embedding_bag.overload, signs, found["indices"], found["offsets"],
+                      scale, shape_of(found["table"])[1], found["mode"], found["weights"],
+                      found["include_last_offset"], found["padding_idx"])
+
+
+EMIT = {binary_linear.name: _linear, binary_embedding.name: _embedding,
+        binary_embedding_bag.name: _bag}

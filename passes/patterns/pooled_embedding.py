@@ -1,4 +1,8 @@
-"""Bags that are written by hand: rows of a table, weighted or not, summed over an axis."""
+"""Bags that are written by hand: rows of a table, weighted or not, summed over an axis.
+
+A mean is a sum, divided. A maximum stays as it is: a bag's takes torch five times as long as a
+look-up and amax (64 bags of 8 rows of 64 numbers: 51 us, not 11 us); its sums take less.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +39,8 @@ def _match(node: fx.Node, context: Context) -> Candidate | None:
     alone = [*users(rows)] == [node if weights is None else found["self"]] \
         and (weights is None or [*users(found["self"])] == [node])
     sizes = [shape_of(rows)[a] for a in axes]
-    if not alone or axes[-1] == rank - 1 or (mode == "mean" and not all(
-            statically_known_true(s >= 1) for s in sizes)):
-        return None
+    if not alone or axes[-1] == rank - 1 or not all(statically_known_true(s >= 1) for s in sizes):
+        return None  # torch has no bags of no members
     inputs = {"table": read.table, "indices": read.indices,
               **({} if weights is None else {"weights": weights})}
     attrs = {**read.attrs, "mode": mode, "weights": weights is not None,
@@ -75,8 +78,10 @@ def _emit(build: Any, values: Mapping[str, Any], read: LookUp, axes: tuple[int, 
     if read.wrap:
         indices = wrapped(build, indices, build.size(table, 0))
     sizes = [s for a, s in enumerate(build.shape(indices)) if a not in axes]
-    bags = build.call(embedding_bag.overload, table, _in_bags(build, indices, axes), None, mode,
+    bags = build.call(embedding_bag.overload, table, _in_bags(build, indices, axes), None, "sum",
                       *([] if weights is None else [weights]))
+    for axis in axes if mode == "mean" else ():
+        bags = build.call(aten.div.Tensor, bags, build.size(indices, axis))
     if len(sizes) != 1:
         bags = build.call(aten.reshape.default, bags, [*sizes, build.size(table, 1)])
     for axis in axes if keep else ():
