@@ -89,7 +89,7 @@ def test_a_spelling_gives_the_results_of_the_model(core, key, reason) -> None:
     matches, refusals = compiled.report.matches, compiled.report.refusals
     if reason:
         assert not matches and [reason in r.reason for r in refusals] == [True]
-        assert refusals[0].node and core.__code__.co_filename in refusals[0].source
+        assert refusals[0].node and Spelled.forward.__code__.co_filename in refusals[0].source
     else:
         assert [m.operator for m in matches] == ["attention"] and matches[0].validated
         assert not refusals and matches[0].max_error <= LIMIT
