@@ -38,20 +38,23 @@ if TYPE_CHECKING:
         MissingPackageError,
         ProofError,
     )
+    from bincompile.patterns import Pattern, check_pattern, register_pattern
     from bincompile.program import Program
     from bincompile.report import Report
 
 __all__ = [
     "AccuracyError", "AccuracyUnknownError", "ArtifactError", "Binary", "BincompileError",
     "CaptureError", "CompiledModel", "ConfigError", "Continual", "ContinualError", "Guard",
-    "InputError", "InputTypeError", "KernelError", "MissingPackageError", "Program", "ProofError",
-    "Report", "Target", "__version__", "inspect", "load", "nn", "optim", "optimize",
+    "InputError", "InputTypeError", "KernelError", "MissingPackageError", "Pattern", "Program",
+    "ProofError", "Report", "Target", "__version__", "check_pattern", "inspect", "load", "nn",
+    "optim", "optimize", "register_pattern",
 ]
 
 _HOMES = {  # the module that holds a public name; bincompile.errors holds the others
     "inspect": "api", "optimize": "api", "load": "artifact", "CompiledModel": "compiled",
     "Binary": "config", "Continual": "config", "Guard": "config", "Target": "config",
-    "Program": "program", "Report": "report",
+    "Program": "program", "Report": "report", "Pattern": "patterns", "check_pattern": "patterns",
+    "register_pattern": "patterns",
 }
 _MODULES = ("nn", "optim")
 

@@ -100,8 +100,23 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
                              "returns (model, args, kwargs)")
 
 
+def _add_patterns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pattern", action="append", default=[], metavar="FILE.py",
+                        help="a file with patterns of your own; can be repeated")
+
+
+def _own_patterns(options: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """The patterns of the files that --pattern names, known inside the `with` block."""
+    if not options.pattern:
+        return contextlib.nullcontext()
+    from bincompile.patterns import load_patterns, registered
+
+    return registered(*(p for file in options.pattern for p in load_patterns(file)))
+
+
 def _add_optimize(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
+    _add_patterns(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE",
                         help="where to save the compiled model, e.g. out.bcz")
     parser.add_argument("--binary", metavar="PRECISION", help="w1a32 or w1a1: lossy, guarded")
@@ -148,6 +163,7 @@ def _demo(options: argparse.Namespace) -> Outcome:
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
+    _add_patterns(parser)
     parser.add_argument("--html", type=Path, metavar="FILE",
                         help="also write the report as one page, with the graphs side by side")
     parser.add_argument("--dot", type=Path, metavar="FILE",
@@ -160,7 +176,8 @@ def _inspect(options: argparse.Namespace) -> Outcome:
     from bincompile.views.page import write_whole
 
     source = load_source(options.model)
-    report = inspect(source.model, source.args, source.kwargs)
+    with _own_patterns(options):
+        report = inspect(source.model, source.args, source.kwargs)
     if options.html:
         report.to_html(options.html)
     if options.dot:
@@ -173,12 +190,27 @@ def _optimize(options: argparse.Namespace) -> Outcome:
     from bincompile.source import load_source
 
     asked, source = _lossy_options(options), load_source(options.model)
-    compiled = optimize(source.model, source.args, source.kwargs, **asked)
+    with _own_patterns(options):
+        compiled = optimize(source.model, source.args, source.kwargs, **asked)
     compiled.save(options.output)
     size = options.output.stat().st_size
     document = {"model": source.name, "output": str(options.output), "bytes": size}
     return Outcome(document | compiled.report.to_dict(),
                    f"{compiled.report}\n\nsaved {options.output}: {size:,} bytes")
+
+
+def _verify(options: argparse.Namespace) -> Outcome:
+    from bincompile.patterns import check_pattern, load_patterns, patterns, registered
+
+    own = [p for file in options.pattern for p in load_patterns(file)]
+    with registered(*own):
+        checks = [c for p in own or patterns().values() for c in check_pattern(p)]
+    good = sum(c.good for c in checks)
+    lines = [f"{'ok  ' if c.good else 'FAIL'}  {c}, {c.calls} calls the same" for c in checks]
+    document = {"checks": [{**dataclasses.asdict(dataclasses.replace(c, match=None)),
+                            "match": None if c.match is None else c.match.path} for c in checks]}
+    return Outcome(document, "\n".join([*lines, f"{good} of {len(checks)} as they should be"]),
+                   good == len(checks))
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +246,7 @@ VERBS = {
     "inspect": Verb("what would be found, proven, rewritten and refused", _add_inspect,
                     _inspect),
     "optimize": Verb("compile a model and save it", _add_optimize, _optimize),
+    "verify": Verb("run patterns on their own examples and near misses", _add_patterns, _verify),
     "bench": Verb("times against the float peers, measured in one run", _add_bench, _bench),
     "env": Verb("versions, instruction set, kernels and why not", _no_options, _env),
 }
