@@ -13,12 +13,20 @@ from torch import fx
 
 from bincompile.ops.attention import attention
 from bincompile.passes.axes import LAYOUTS, Contraction, readings, source
-from bincompile.passes.emit_attention import Found, emit, inputs_of, moves_of, total_trail
+from bincompile.passes.emit_attention import (
+    Found,
+    emit,
+    inputs_of,
+    moves_of,
+    plain_axes,
+    total_trail,
+)
 from bincompile.passes.facets import of_operator, of_softmax
-from bincompile.passes.graph import aten, depends, shape_of, users, value_of
+from bincompile.passes.graph import aten, depends, number, shape_of, users, value_of
+from bincompile.passes.heads import Shared, shared_heads
 from bincompile.passes.mixing import MIXES, mixing_of
 from bincompile.passes.patterns import Candidate, Context, owner_of
-from bincompile.passes.placed import Declined, Mixing, Place, Scores
+from bincompile.passes.placed import Declined, Mixing, NoScores, Place, Scores
 from bincompile.passes.scores import CASTS, check_precision, read_scores, step
 from bincompile.passes.sizes import equal
 from bincompile.passes.trail import plan_of
@@ -51,7 +59,10 @@ class Softmax:
 def around_softmax(softmax: Softmax, context: Context) -> Candidate | None:
     """The candidate around a softmax; None if there is no product before it."""
     node = softmax.node
-    read = read_scores(softmax.scores, node, softmax.axis, context)
+    try:
+        read = read_scores(softmax.scores, node, softmax.axis, context)
+    except NoScores:
+        read = None
     if read is None:
         return None
     scores, path = read
@@ -60,12 +71,14 @@ def around_softmax(softmax: Softmax, context: Context) -> Candidate | None:
     by_left = labels[softmax.axis % len(labels)] == scores.product.own[1]
     query, key = _operands(scores.product, by_left)
     if key not in context.activations:
-        raise Declined("the keys are stored weights, not computed from an input", path[0])
+        raise Declined("the softmax is not over a product of two computed tensors: the keys are "
+                       "stored weights", path[0])
     _check_features(scores.product)
     found = _find_values(softmax, scores, by_left, context)
     if found.value not in context.activations:
         raise Declined("the values are stored weights, not computed from an input",
                        found.product.node)
+    found = dataclasses.replace(found, shared=_shared(found, key))
     inputs, found = _with_sizes(found, query, key)
     attrs = of_softmax(found, query, key, context)
     if softmax.overflows:
@@ -106,6 +119,7 @@ class _Probabilities:
     coarsest: float = 0.0  # the largest relative rounding of a cast
     changed: fx.Node | None = None  # the last node that changed them
     mixing: Mixing | None = None
+    hidden: bool = False  # masked probabilities were set to 0
 
 
 def _find_values(softmax: Softmax, scores: Scores, by_left: bool, context: Context) -> Found:
@@ -117,7 +131,7 @@ def _find_values(softmax: Softmax, scores: Scores, by_left: bool, context: Conte
         reads = [n for n in users(now.node) if softmax.totals is None or n not in softmax.totals]
         if now.shared is None and len(reads) > 1:
             now = dataclasses.replace(now, shared=(now.node, now.at.place))
-        for user in reads:
+        for user in (n for n in reads if n.op != "output"):
             try:
                 found = _next(now, user, softmax, scores, by_left, context)
             except Declined as declined:
@@ -132,6 +146,8 @@ def _find_values(softmax: Softmax, scores: Scores, by_left: bool, context: Conte
 def _next(now: _Probabilities, user: fx.Node, softmax: Softmax, scores: Scores, by_left: bool,
           context: Context) -> Found | _Probabilities:
     operand = next((i for i, n in enumerate(user.all_input_nodes) if n is now.node), 0)
+    if user.target is aten.mul.Tensor and len(user.users) == 1:
+        user = next(iter(user.users)) if readings(next(iter(user.users))) else user
     both = [r for r in readings(user) if {r.left, r.right} <= context.activations]
     if both:
         return _at_values(user, both, now, softmax, scores, by_left)
@@ -146,10 +162,25 @@ def _next(now: _Probabilities, user: fx.Node, softmax: Softmax, scores: Scores, 
         return dataclasses.replace(now, node=user, row="zero", changed=user)
     if user.target is aten.slice.Tensor and _drops_sink(now, user):
         return dataclasses.replace(now, node=user, changed=user)
+    if user.target in _FILLS and _hides_again(now, user, context):
+        return dataclasses.replace(now, node=user, row="zero", hidden=True, changed=user)
     if user.target in MIXES and now.mixing is None:
         return dataclasses.replace(now, node=user, changed=user,
                                    mixing=mixing_of(now.at, user, operand, context))
     raise Declined(f"{user.target} changes the probabilities", user)
+
+
+_FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.where.ScalarOther)
+
+
+def _hides_again(now: _Probabilities, user: fx.Node, context: Context) -> bool:
+    """Whether probabilities are set to 0 where the one mask of the scores hides a key."""
+    filled = user.target in _FILLS[:2]
+    mask, value = (user.args[1], user.args[2]) if filled else (user.args[0], user.args[2])
+    terms = now.at.masks
+    return number(context.graph_module, value) == 0 and len(terms) == 1 and not now.at.late \
+        and terms[0].node is mask and terms[0].inverted == filled \
+        and terms[0].place == now.at.place
 
 
 def _drops_sink(now: _Probabilities, user: fx.Node) -> bool:
@@ -169,6 +200,8 @@ def _at_values(user: fx.Node, products: list[Contraction], now: _Probabilities, 
                 or product.factor != 1:
             continue
         is_left = product.left is now.node
+        if now.hidden:
+            scores = dataclasses.replace(scores, fill=None)
         axes = product.left_axes if is_left else product.right_axes
         found = Found(scores, by_left, softmax.node, product, now.at.place, is_left,
                       now.row, now.shared, user, now.mixing)
@@ -212,6 +245,17 @@ def _divided(found: Found, softmax: Softmax) -> Found:
     if found.weights is not None:
         raise Declined("the powers are read before they are normalised", softmax.node)
     return dataclasses.replace(found, result=softmax.totals[1])
+
+
+def _shared(found: Found, key: fx.Node) -> tuple[Shared, Shared] | None:
+    """Keys and values before both are repeated along the axis of heads; None if they are not."""
+    both, plain = (shared_heads(key), shared_heads(found.value)), plain_axes(found)
+    if both[0] is None or both[1] is None or plain is None or not found.first.batch \
+            or both[0].groups != both[1].groups or found.scores.mixing is not None:
+        return None
+    key_axes = found.first.right_axes if found.by_left else found.first.left_axes
+    heads = (key_axes[both[0].axis], found.value_axes[1][both[1].axis])
+    return (both[0], both[1]) if heads == (found.first.batch[-1], plain[-1]) else None
 
 
 def _with_sizes(found: Found, query: fx.Node, key: fx.Node) -> tuple[dict[str, fx.Node], Found]:

@@ -263,6 +263,12 @@ def cleaned(q, k, v):
     return torch.softmax(scores, -1).nan_to_num() @ v
 
 
+def hidden_twice(q, k, v):
+    hidden = ~kept(q, k).triu(-1).roll(1, 0)
+    scores = (q @ k.mT * 0.3).masked_fill(hidden, torch.finfo(q.dtype).min)
+    return torch.softmax(scores, -1).masked_fill(hidden, 0.0) @ v
+
+
 def windows(q, k, v):
     b, h, n, d = q.shape
     q, k, v = (t.reshape(b, h, n // 2, 2, d).transpose(1, 2).reshape(-1, h, 2, d)
@@ -275,6 +281,10 @@ def windows(q, k, v):
 
 
 # What only looks like it.
+
+
+def hidden_only_behind(q, k, v):
+    return torch.softmax(q @ k.mT * 0.3, -1).masked_fill(~kept(q, k), 0.0) @ v
 
 
 def renormalised(q, k, v):

@@ -47,8 +47,8 @@ class Contraction:
     @property
     def own(self) -> tuple[str, str]:
         """The label that only the left operand has, and the one that only the right has."""
-        return (next(a for a in self.left_axes if a not in self.right_axes and a[0] != "*"),
-                next(a for a in self.right_axes if a not in self.left_axes and a[0] != "*"))
+        return (next(a for a in self.left_axes if a not in self.right_axes and a[0] not in "*_"),
+                next(a for a in self.right_axes if a not in self.left_axes and a[0] not in "*_"))
 
     @property
     def batch(self) -> tuple[str, ...]:
@@ -74,6 +74,8 @@ def readings(node: fx.Node) -> tuple[Contraction, ...]:
         return _added_matmul(node)
     if node.target is aten.einsum.default:
         return _einsum(node)
+    if node.target is aten.sum.dim_IntList:
+        return _summed(node)
     return ()
 
 
@@ -93,6 +95,37 @@ def _matmul(node: fx.Node, left: fx.Node, right: fx.Node) -> tuple[Contraction, 
     lead = [batch[len(batch) - (rank - 2):] for rank in ranks]
     return (Contraction(node, left, right, (*lead[0], "m", "k"), (*lead[1], "k", "n"),
                         (*batch, "m", "n")),)
+
+
+def _summed(node: fx.Node) -> tuple[Contraction, ...]:
+    """The sum of a product of two tensors that broadcast to each other.
+
+    An operand's axes of size 1 are labelled "_": it does not have them.
+    """
+    found = arguments(node)
+    both = found["self"]
+    if both.target is not aten.mul.Tensor or not all(map(is_tensor, both.args)) \
+            or len(found["dim"] or ()) != 1 or found["keepdim"] or found["dtype"] is not None:
+        return ()
+    left, right = both.args
+    sizes, rank = (shape_of(left), shape_of(right)), len(shape_of(both))
+    axis = found["dim"][0] % rank
+    if len(sizes[0]) != rank or len(sizes[1]) != rank:
+        return ()
+    lacks = [[equal(s, 1) for s in side] for side in sizes]
+    own = [[i for i in range(rank) if i != axis and not lacks[side][i] and lacks[1 - side][i]]
+           for side in (0, 1)]
+    if lacks[0][axis] or lacks[1][axis] or not all(own):
+        return ()
+
+    def read(mine: int, yours: int) -> Contraction:
+        names = [f"{i}" if i in (mine, yours, axis) else f"*{i}" for i in range(rank)]
+        label = [tuple(f"_{i}" if lacks[side][i] and i in own[1 - side] else names[i]
+                       for i in range(rank)) for side in (0, 1)]
+        return Contraction(node, left, right, *label,
+                           tuple(n for i, n in enumerate(names) if i != axis))
+
+    return tuple(read(mine, yours) for mine in reversed(own[0]) for yours in reversed(own[1]))
 
 
 def _einsum(node: fx.Node) -> tuple[Contraction, ...]:

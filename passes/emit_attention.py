@@ -15,6 +15,7 @@ from torch import fx
 from bincompile.ops.attention import attention
 from bincompile.passes.axes import Contraction
 from bincompile.passes.graph import aten, shape_of, value_of
+from bincompile.passes.heads import Shared
 from bincompile.passes.placed import Mixing, Place, Scores, Term
 from bincompile.passes.trail import Move, Plan, Sizes, follow, permutation
 
@@ -36,6 +37,7 @@ class Found:
     result: fx.Node
     mixing: Mixing | None = None  # of the probabilities
     plan: Plan = dataclasses.field(default_factory=dict)
+    shared: tuple[Shared, Shared] | None = None  # keys and values before heads are repeated
 
     @property
     def need_weights(self) -> bool:
@@ -100,7 +102,8 @@ def moves_of(found: Found) -> list[Move]:
 
 def inputs_of(found: Found, query: fx.Node, key: fx.Node) -> Iterator[tuple[str, fx.Node]]:
     """The nodes that feed the operator, by role."""
-    yield from (("query", query), ("key", key), ("value", found.value))
+    kept = (key, found.value) if found.shared is None else (s.node for s in found.shared)
+    yield from zip(("query", "key", "value"), (query, *kept), strict=True)
     scores = found.scores
     groups = {"bias": scores.terms, "mask": scores.masks, "factor": scores.gains,
               "late": scores.late, "sink": (scores.sink,) if scores.sink else ()}
@@ -124,6 +127,10 @@ def emit(found: Found, build: Any, values: Values) -> tuple[Any, ...]:
     """The results of the operator in place of `found.result` and of the probabilities."""
     writer = _Writer(found, build, values, Sizes(build, values, found.plan))
     first, scores = found.first, found.scores
+    if found.shared is not None:
+        given = zip(("key", "value"), found.shared, strict=True)
+        values = {**values, **{role: s.arranged(build, values[role]) for role, s in given}}
+        writer = dataclasses.replace(writer, given=values)
     left = arrange(build, values["query" if found.by_left else "key"], first.left_axes,
                    (*first.batch, first.own[0], first.contracted))
     right = arrange(build, values["key" if found.by_left else "query"], first.right_axes,
@@ -147,6 +154,10 @@ def arrange(build: Any, node: Any, axes: tuple[str, ...], wanted: tuple[str, ...
 
     Those in front are left out, unless `full`.
     """
+    lacking = [i for i, a in enumerate(axes) if a[0] == "_" and a not in wanted]
+    if lacking:
+        node = build.call(aten.squeeze.dims, node, lacking)
+        axes = tuple(a for i, a in enumerate(axes) if i not in lacking)
     present = [a for a in wanted if a in axes]
     order = [axes.index(a) for a in present]
     if order != sorted(order):
@@ -156,6 +167,17 @@ def arrange(build: Any, node: Any, axes: tuple[str, ...], wanted: tuple[str, ...
         if label not in axes:
             node = build.call(aten.unsqueeze.default, node, index)
     return node
+
+
+def plain_axes(found: Found) -> tuple[str, ...] | None:
+    """The batch axes of the second product in order, where the scores were only permuted."""
+    labels = found.at_values.labels
+    own, axes = found.value_axes
+    if len(labels) != len(found.canonical) or set(labels) != set(found.canonical):
+        return None
+    more = [a for a in found.product.axes
+            if a in axes and a not in own and a != found.product.own[found.probabilities_left]]
+    return (*more, *(own[labels.index(a)] for a in found.first.batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +274,7 @@ class _Writer:
             "mix_before": self._matrix("mix_before", scores.mixing),
             "mix_after": self._matrix("mix_after", found.mixing),
             "mix_shift": self.given.get("shift_after"),
+            "groups": None if found.shared is None else found.shared[0].groups,
         }
 
     def _matrix(self, role: str, mixing: Mixing | None) -> Any:
@@ -266,7 +289,7 @@ class _Writer:
         """The values in the operator's axes."""
         found, tensor = self.found, self.given["value"]
         own, axes = found.value_axes
-        wanted = self._plain_axes()
+        wanted = plain_axes(found)
         feature = found.product.own[found.probabilities_left]
         if wanted is not None:
             return arrange(self.build, tensor, axes, (*wanted, found.product.contracted, feature))
@@ -275,23 +298,13 @@ class _Writer:
         tensor = follow(self.build, tensor, [m.inverse for m in reversed(trail)], self.sizes)
         return self.build.call(aten.squeeze.dim, tensor, -3)
 
-    def _plain_axes(self) -> tuple[str, ...] | None:
-        """The batch axes of the second product in order, where the scores were only permuted."""
-        found, labels = self.found, self.found.at_values.labels
-        own, axes = found.value_axes
-        if len(labels) != len(found.canonical) or set(labels) != set(found.canonical):
-            return None
-        more = [a for a in found.product.axes
-                if a in axes and a not in own and a != found.product.own[found.probabilities_left]]
-        return (*more, *(own[labels.index(a)] for a in found.first.batch))
-
     def out(self, out: Any) -> Any:
         """The result with its axes as the second product has them."""
         found, build = self.found, self.build
         own, _ = found.value_axes
         feature, query = found.product.own[found.probabilities_left], own[
             found.at_values.labels.index(found.query_label)]
-        plain = self._plain_axes()
+        plain = plain_axes(found)
         if plain is not None:
             axes = (*plain, query, feature)
         else:
@@ -299,6 +312,10 @@ class _Writer:
             out = follow(build, build.call(aten.unsqueeze.default, out, -2), trail, self.sizes)
             out = build.call(aten.squeeze.dim, out, own.index(found.product.contracted))
             axes = (*(a for a in own if a != found.product.contracted), feature)
+            lacking = [i for i, a in enumerate(axes) if a[0] == "_"]
+            if lacking:
+                out = build.call(aten.squeeze.dims, out, lacking)
+                axes = tuple(a for a in axes if a[0] != "_")
         order = [axes.index(a) for a in found.product.axes if a in axes]
         if order != sorted(order):
             out = build.call(aten.permute.default, out, order)

@@ -11,7 +11,7 @@ from torch import fx
 from bincompile.passes.axes import readings
 from bincompile.passes.graph import arguments, aten, shape_of
 from bincompile.passes.patterns import Context
-from bincompile.passes.placed import Declined, Mixing, Scores
+from bincompile.passes.placed import Declined, Mixing, NoScores, Scores
 from bincompile.passes.sizes import equal
 
 # Operators that may mix heads, and which argument the scores are.
@@ -21,16 +21,18 @@ MIXES: Mapping[Any, tuple[int, ...]] = {
 
 
 def mix(scores: Scores, node: fx.Node, operand: int, context: Context) -> Scores:
+    """The scores behind a mixture of heads."""
+    mixing = mixing_of(scores, node, operand, context)
     if scores.terms or scores.masks or scores.softcap or scores.clamped or scores.late \
             or scores.mixing or scores.sink or scores.offset:
         raise Declined("heads are mixed after the scores were masked or changed otherwise", node)
-    return dataclasses.replace(scores, mixing=mixing_of(scores, node, operand, context))
+    return dataclasses.replace(scores, mixing=mixing)
 
 
 def mixing_of(scores: Scores, node: fx.Node, operand: int, context: Context) -> Mixing:
     """The mixture of heads that a product with a stored matrix is."""
     labels, head = scores.place.labels, (scores.product.batch or (None,))[-1]
-    reason = Declined("the scores are multiplied by stored weights along another axis than heads",
+    reason = NoScores("a product is multiplied by stored weights along another axis than heads",
                       node)
     if node.target in (aten.linear.default, aten.conv2d.default):
         found = arguments(node)

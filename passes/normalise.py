@@ -13,6 +13,7 @@ from collections.abc import Callable
 from torch import fx
 
 from bincompile.passes.graph import (
+    SIZES,
     Build,
     arguments,
     aten,
@@ -30,6 +31,8 @@ IDENTITIES = (aten.clone.default, aten.contiguous.default, aten.alias.default,
 VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 # Operators that may give back the memory of what they read though their schema is silent.
 QUIET_VIEWS = (*VIEWS, aten.einsum.default)
+# What reads memory as it lies, so that a copy before it is no identity.
+BY_MEMORY = (aten.view_as_complex.default, aten.view.dtype, aten.as_strided.default)
 PERMUTES = (aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default)
 
 
@@ -53,10 +56,22 @@ def simplify(module: fx.GraphModule) -> None:
 
 def _drop_identity(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     if node.target in IDENTITIES:
-        return node.args[0]
+        return None if _strides_matter(node) else node.args[0]
     if node.target is aten.dropout.default and node.args[2] is False:
         return node.args[0]
     return None
+
+
+def _strides_matter(node: fx.Node) -> bool:
+    """Whether something that works on memory as it lies reads a copy, directly or as a view."""
+    pending = list(node.users)
+    while pending:
+        user = pending.pop()
+        if user.target in BY_MEMORY:
+            return True
+        if user.op == "call_function" and user.target not in SIZES and _aliases(user):
+            pending += user.users
+    return False
 
 
 def _drop_assertion(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -72,6 +87,15 @@ def _drop_cast(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     before, after = value_of(node.args[0]), value_of(node)
     same = before.dtype == after.dtype and before.device == after.device
     return node.args[0] if same else None
+
+
+def _type_as(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
+    """A cast to the dtype of another tensor is a cast to a dtype."""
+    if node.target is aten.type_as.default \
+            and value_of(node.args[0]).device == value_of(node).device:
+        node.target, node.args = aten._to_copy.default, node.args[:1]
+        node.kwargs = {"dtype": value_of(node).dtype}
+    return None
 
 
 def _view_to_reshape(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -234,6 +258,6 @@ def _viewed(node: fx.Node) -> fx.Node:
 
 
 Rule = Callable[[fx.GraphModule, fx.Node], fx.Node | None]
-RULES: tuple[Rule, ...] = (_drop_assertion, _drop_identity, _drop_cast, _view_to_reshape,
+RULES: tuple[Rule, ...] = (_drop_assertion, _drop_identity, _drop_cast, _type_as, _view_to_reshape,
                            _unit_factor, _undone_permute, _whole_softmax,
                            _stable_softmax, _whole_einsum)

@@ -18,6 +18,10 @@ class Declined(Exception):
         self.reason, self.node = reason, node
 
 
+class NoScores(Declined):
+    """What the walk met shows that it does not walk on scores."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where scores stand: the moves since the product, and what each axis is called.

@@ -34,7 +34,7 @@ def read_scores(end: fx.Node, softmax: fx.Node, axis: int,
 
     None if there is no product. Raises `Declined` at an operator that can't be expressed.
     """
-    path = _find(end, context, 0)
+    path = _find(end, context, 0, {})
     if path is None:
         return None
     reason: Declined | None = None
@@ -71,24 +71,45 @@ def _check_axis(scores: Scores, softmax: fx.Node, axis: int) -> None:
 
 def step(scores: Scores, node: fx.Node, operand: int, context: Context) -> Scores:
     """The scores behind one operator of the closed set; `operand` is where they enter it."""
-    return _STEPS[node.target][1](scores, node, operand, context)
+    return STEPS[node.target][1](scores, node, operand, context)
 
 
-def _find(node: fx.Node, context: Context, depth: int) -> list[tuple[fx.Node, int]] | None:
-    """Nodes from a product to this one, each with the operand that comes from the one before."""
+Path = list[tuple[fx.Node, int]]
+
+
+def _find(node: Any, context: Context, depth: int,
+          known: dict[fx.Node, tuple[int, Path | None]]) -> Path | None:
+    """Nodes from a product to this one, each with the operand that comes from the one before.
+
+    `known`: what was found from a node at a depth; a search from nearer may find more.
+    """
     if not isinstance(node, fx.Node) or node.op != "call_function" or depth > DEEPEST:
         return None
+    before, path = known.get(node, (DEEPEST + 1, None))
+    if before > depth:
+        path = _best_path(node, context, depth, known)
+        known[node] = (depth, path)
+    return path
+
+
+def _best_path(node: fx.Node, context: Context, depth: int,
+               known: dict[fx.Node, tuple[int, Path | None]]) -> Path | None:
     found = next(iter(readings(node)), None)
     if found is not None and {found.left, found.right} <= context.activations:
         return [(node, 0)]
     paths = []
-    for operand in _STEPS[node.target][0] if node.target in _STEPS else ():
-        path = _find(operand_of(node, operand), context, depth + 1)
+    for operand in STEPS[node.target][0] if _may_be_scores(node) else ():
+        path = _find(operand_of(node, operand), context, depth + 1, known)
         if path is not None:
             paths.append([*path, (node, operand)])
     if found is not None and {found.left, found.right} & context.activations:
         paths.append([(node, 0)])
     return min(paths, key=lambda p: (not _two_activations(p[0][0], context), len(p)), default=None)
+
+
+def _may_be_scores(node: fx.Node) -> bool:
+    """Whether to look behind a node: what mixes heads has axes of heads, queries and keys."""
+    return node.target in STEPS and (node.target not in MIXES or len(shape_of(node)) > 2)
 
 
 def operand_of(node: fx.Node, operand: int) -> Any:
@@ -214,9 +235,9 @@ def _tanh(scores: Scores, node: fx.Node, operand: int, context: Context) -> Scor
 
 def _clamp(scores: Scores, node: fx.Node, operand: int, context: Context) -> Scores:
     found = arguments(node)
-    if node.target in (aten.maximum.default, aten.minimum.default):
+    if node.target in (*_MAXIMA, *_MINIMA):
         bound = node.args[1 - operand]
-        limits = (bound, None) if node.target is aten.maximum.default else (None, bound)
+        limits = (bound, None) if node.target in _MAXIMA else (None, bound)
     else:
         names = ("min_val", "max_val") if "min_val" in found else ("min", "max")
         limits = (found.get(names[0]), found.get(names[1]))
@@ -227,6 +248,10 @@ def _clamp(scores: Scores, node: fx.Node, operand: int, context: Context) -> Sco
         raise Declined("masked scores are clamped, or scores are clamped twice", node)
     low, high = (None if n is None else n - scores.offset for n in (low, high))
     return dataclasses.replace(scores, low=low, high=high)
+
+
+_MAXIMA = (aten.maximum.default, aten.max.other)
+_MINIMA = (aten.minimum.default, aten.min.other)
 
 
 def _join(scores: Scores, node: fx.Node, operand: int, context: Context) -> Scores:
@@ -279,7 +304,7 @@ def _order(node: fx.Node, rank: int) -> tuple[int, ...]:
 _Step = Callable[[Scores, fx.Node, int, Context], Scores]
 # Operators that may stand between product and softmax: which argument the scores are, and how
 # the operator is read.
-_STEPS: Mapping[Any, tuple[tuple[int, ...], _Step]] = {
+STEPS: Mapping[Any, tuple[tuple[int, ...], _Step]] = {
     aten.mul.Tensor: ((0, 1), _scale), aten.mul.Scalar: ((0,), _scale),
     aten.div.Tensor: ((0,), _scale), aten.div.Scalar: ((0,), _scale),
     aten.neg.default: ((0,), _negated),
@@ -290,7 +315,7 @@ _STEPS: Mapping[Any, tuple[tuple[int, ...], _Step]] = {
     aten.tanh.default: ((0,), _tanh),
     aten.clamp.default: ((0,), _clamp), aten.clamp_min.default: ((0,), _clamp),
     aten.clamp_max.default: ((0,), _clamp), aten.hardtanh.default: ((0,), _clamp),
-    aten.maximum.default: ((0, 1), _clamp), aten.minimum.default: ((0, 1), _clamp),
+    **{target: ((0, 1), _clamp) for target in (*_MAXIMA, *_MINIMA)},
     aten.cat.default: ((0, 1), _join),
     **{target: (operands, mix) for target, operands in MIXES.items()},
     **{target: ((0,), _cast) for target in CASTS},

@@ -9,9 +9,10 @@ from torch import fx
 
 from bincompile.passes import attention_examples as spelled
 from bincompile.passes.attention import Softmax, around_softmax
+from bincompile.passes.divergence import divergence
 from bincompile.passes.graph import aten
 from bincompile.passes.patterns import Candidate, Context, Example, Pattern
-from bincompile.passes.scores import Declined
+from bincompile.passes.scores import STEPS
 
 SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 
@@ -20,7 +21,7 @@ def _match(node: fx.Node, context: Context) -> Candidate:
     row = "zero" if node.target is aten._safe_softmax.default else "nan"
     found = around_softmax(Softmax(node, node.args[0], node.args[1], row), context)
     if found is None:
-        raise Declined("the softmax is not over a product of two computed tensors", node)
+        raise divergence(node, node.args[0], STEPS, context)
     return found
 
 
@@ -127,7 +128,7 @@ softmax_attention = Pattern(
             spelled.multiplied_mask, spelled.nested_where, spelled.dots, spelled.three_operands,
             spelled.broadcast_product, spelled.tokens_first, spelled.regrouped_twice,
             spelled.queries_of_all_heads, spelled.in_full_precision, spelled.cleaned,
-            spelled.windows),
+            spelled.windows, spelled.hidden_twice),
         *(Example(lambda how=how: spelled.Mixed(how), _tokens)
           for how in ("linear", "conv", "einsum")),
         Example(spelled.Sinks, _tokens),
@@ -135,5 +136,5 @@ softmax_attention = Pattern(
     near_misses=spelled.examples(
         _over_queries, _over_heads, _over_batch, _over_channels, _relu_scores, _router,
         spelled.renormalised, spelled.capped_mask, spelled.linear_attention,
-        spelled.sigmoid_attention),
+        spelled.sigmoid_attention, spelled.hidden_only_behind),
 )

@@ -8,7 +8,7 @@ from torch import fx
 
 from bincompile.passes import attention_examples as spelled
 from bincompile.passes.attention import Softmax, around_softmax
-from bincompile.passes.axes import contraction
+from bincompile.passes.axes import LAYOUTS, contraction
 from bincompile.passes.graph import arguments, aten, is_tensor, shape_of
 from bincompile.passes.normalise import maximum_of
 from bincompile.passes.patterns import Candidate, Context, Pattern
@@ -40,11 +40,13 @@ def _of_logarithm(node: fx.Node, logarithm: fx.Node) -> Iterator[Softmax]:
 
 def _of_powers(node: fx.Node, top: fx.Node, total: fx.Node) -> Iterator[Softmax]:
     """exp(x) / sum(exp(x)), or the product of exp(x) with the values over that sum."""
+    while total.target in LAYOUTS:
+        total = total.args[0]
     if total.target is not aten.sum.dim_IntList:
         return
     sums = arguments(total)
     powers, dims = sums["self"], sums["dim"]
-    if powers.target is not aten.exp.default or len(dims) != 1 or not sums["keepdim"] \
+    if powers.target is not aten.exp.default or len(dims) != 1 \
             or sums["dtype"] is not None:
         return
     axis = dims[0] % len(shape_of(powers))
