@@ -101,6 +101,9 @@ class Report:
     def to_dot(self, side: str | None = None) -> str:
         """The graph "before" or "after" as DOT text: modules are clusters, matches coloured.
 
+        Graphviz lays out hundreds of nodes in seconds and thousands in minutes; the page of
+        `to_html` needs no layout.
+
         Args:
             side: which graph; without it the first that the report has.
 

@@ -15,6 +15,7 @@ from bincompile.passes.scores import Declined
 from bincompile.program import target_name
 
 LAYERS = (aten.linear.default, aten.conv2d.default)  # behind these are features, not scores
+SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 FARTHEST = 24  # operators between a softmax and a product that is looked for
 
 
@@ -30,7 +31,7 @@ def divergence(softmax: fx.Node, scores: fx.Node, known: Collection[Any],
     """
     for node in _back(scores, known):
         if node.target not in known and not readings(node) and node in context.activations \
-                and _is_over_product(node, context):
+                and _is_over_product(node, known, context):
             return Declined(f"{target_name(node.target)} stands between the product of query and "
                             "key and the softmax", node)
     return Declined("the softmax is not over a product of two computed tensors", softmax)
@@ -49,16 +50,21 @@ def _back(start: fx.Node, through: Collection[Any]) -> list[fx.Node]:
     return found
 
 
-def _is_over_product(node: fx.Node, context: Context) -> bool:
-    """Whether a product of two computed tensors is behind, with operators on its elements alone."""
-    elements = shape_of(node)
-    pending, seen = deque(node.all_input_nodes), set[fx.Node]()
+def _is_over_product(node: fx.Node, known: Collection[Any], context: Context) -> bool:
+    """Whether a product of two computed tensors is behind, and on the way to it only operators
+    that scores go through, or that work on single elements."""
+    pending, seen = deque((n, node) for n in node.all_input_nodes), set[fx.Node]()
     while pending and len(seen) < FARTHEST:
-        found = pending.popleft()
-        if found in seen or not is_tensor(found) or shape_of(found) != elements:
+        found, reader = pending.popleft()
+        if found in seen or not is_tensor(found) or found.target in LAYERS:
+            continue
+        if reader.target not in known and shape_of(found) != shape_of(reader):
             continue
         seen.add(found)
-        if any({p.left, p.right} <= context.activations for p in readings(found)):
+        products = readings(found)
+        if any({p.left, p.right} <= context.activations for p in products) \
+                and not any(n.target in SOFTMAXES for operand in found.all_input_nodes
+                            for n in _back(operand, known)):  # that product is with the values
             return True
-        pending += found.all_input_nodes
+        pending += [] if products else [(n, found) for n in found.all_input_nodes]
     return False

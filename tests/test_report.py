@@ -91,6 +91,30 @@ def test_a_refusal_names_the_first_diverging_node_and_the_line_of_the_user(repor
     assert "not over a product of two computed tensors" in found["of the gate"].reason
 
 
+class Other(nn.Module):
+    """Softmaxes over other things: what scores don't pass, layers, features, an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scores = torch.bmm(x, x.mT).unsqueeze(1)
+        changed = torch.softmax(torch.sin(scores).squeeze(1) * 2, -1)  # the line of sin
+        x = torch.bmm(changed, x) + x
+        return (torch.softmax(self.layer(x), -1), torch.softmax(self.norm(x), -1),
+                torch.softmax((x @ x.mT).sum(-1), -1))
+
+
+def test_only_what_scores_would_pass_through_is_named() -> None:
+    refusals = bc.inspect(Other().eval(), (torch.randn(2, 5, 8),)).refusals
+    assert [r.node for r in refusals if "aten.sin stands between" in r.reason] == ["sin"]
+    others = [r for r in refusals if r.node != "sin"]
+    assert len(others) == 3
+    assert {r.reason for r in others} == {
+        "the softmax is not over a product of two computed tensors"}
+
+
 def test_the_owner_of_a_refusal_is_not_the_softmax_layer(report: Report) -> None:
     assert {r.path for r in report.refusals} == {""}  # the module that holds gate and softmax
 
