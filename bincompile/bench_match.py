@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export import Dim
 
 from bincompile.errors import BincompileError, ConfigError
 from bincompile.models import bert
 from bincompile.models.corpus import Call, Case, cases
 from bincompile.ops.embedding import embedding
 from bincompile.ops.embedding_bag import embedding_bag
-from bincompile.passes.capture import capture, dynamic_axes, exporting
+from bincompile.passes.capture import capture, exporting
 from bincompile.passes.matching import canonicalise, match, prove
 from bincompile.passes.normalise import normalise
 from bincompile.passes.pipeline import EXACT, LOWER, run
@@ -197,8 +198,7 @@ def _inspect_against_export(model: nn.Module, args: Any, kwargs: Any) -> Row:
         Report.of(run((*EXACT, *LOWER), capture(model, args, kwargs).program))
 
     def torchs() -> None:
-        names, tensors = tuple(kwargs), tuple(kwargs.values())
-        shapes = dict(zip(names, dynamic_axes(tensors), strict=True))
+        shapes = {name: dict.fromkeys((0, 1), Dim.AUTO) for name in kwargs}
         with exporting(model), torch.no_grad():
             torch.export.export(model, args, kwargs, dynamic_shapes=shapes,
                                 strict=False).run_decompositions({})

@@ -264,10 +264,14 @@ def main() -> int:
         refused.update(re.sub(r"[\d.e+-]{2,}|\d", "#", r) for r in outcome.refusals)
         if index % 50 == 0:
             print(f"graph {index}: {failed} failed, {dict(total)}", flush=True)
-    print(f"{options.graphs} graphs, {failed} failed, {dict(total)}")
-    for reason, count in refused.most_common():
-        print(f"  {count:5d} refused: {reason}")
+        if index % 500 == 0:
+            print(_reasons(refused), flush=True)
+    print(f"{options.graphs} graphs, {failed} failed, {dict(total)}\n{_reasons(refused)}")
     return min(failed, 1)
+
+
+def _reasons(refused: collections.Counter[str]) -> str:
+    return "\n".join(f"  {count:5d} refused: {reason}" for reason, count in refused.most_common())
 
 
 def _plain(text: str) -> str:

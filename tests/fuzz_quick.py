@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 import bincompile as bc
 from bincompile.compiled import CompiledModel
 from bincompile.config import Target
-from bincompile.passes.capture import exporting, parameters
+from bincompile.passes.capture import exporting
+from bincompile.passes.examples import parameters
 from bincompile.passes.graph import drop_unread, fake_mode
 from bincompile.passes.pipeline import EXACT, LOWER, run
 from bincompile.program import Program, attribute
