@@ -119,7 +119,6 @@ class _Probabilities:
     coarsest: float = 0.0  # the largest relative rounding of a cast
     changed: fx.Node | None = None  # the last node that changed them
     mixing: Mixing | None = None
-    hidden: bool = False  # masked probabilities were set to 0
 
 
 def _find_values(softmax: Softmax, scores: Scores, by_left: bool, context: Context) -> Found:
@@ -163,7 +162,7 @@ def _next(now: _Probabilities, user: fx.Node, softmax: Softmax, scores: Scores, 
     if user.target is aten.slice.Tensor and _drops_sink(now, user):
         return dataclasses.replace(now, node=user, changed=user)
     if user.target in _FILLS and _hides_again(now, user, context):
-        return dataclasses.replace(now, node=user, row="zero", hidden=True, changed=user)
+        return dataclasses.replace(now, node=user, row="hidden", changed=user)
     if user.target in MIXES and now.mixing is None:
         return dataclasses.replace(now, node=user, changed=user,
                                    mixing=mixing_of(now.at, user, operand, context))
@@ -178,7 +177,7 @@ def _hides_again(now: _Probabilities, user: fx.Node, context: Context) -> bool:
     filled = user.target in _FILLS[:2]
     mask, value = (user.args[1], user.args[2]) if filled else (user.args[0], user.args[2])
     terms = now.at.masks
-    return number(context.graph_module, value) == 0 and len(terms) == 1 and not now.at.late \
+    return number(context.graph_module, value) == 0 and len(terms) == 1 and now.row == "nan" \
         and terms[0].node is mask and terms[0].inverted == filled \
         and terms[0].place == now.at.place
 
@@ -200,8 +199,6 @@ def _at_values(user: fx.Node, products: list[Contraction], now: _Probabilities, 
                 or product.factor != 1:
             continue
         is_left = product.left is now.node
-        if now.hidden:
-            scores = dataclasses.replace(scores, fill=None)
         axes = product.left_axes if is_left else product.right_axes
         found = Found(scores, by_left, softmax.node, product, now.at.place, is_left,
                       now.row, now.shared, user, now.mixing)

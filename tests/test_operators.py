@@ -127,6 +127,7 @@ def attention(query, key, value, bias, mask, scale, fill, causal, masked_row, ne
     total = powers.sum(-1, keepdim=True)
     weights = powers / (total if sink is None else total + (sink - top).exp())
     weights = torch.where(empty, 0.0 if masked_row == "zero" else math.nan, weights)
+    weights = weights if masked_row != "hidden" else weights.masked_fill(~mask, 0.0)
     if mix_after is not None:
         weights = (weights.transpose(-1, -3) @ mix_after.mT).transpose(-1, -3)
     weights = weights if mix_shift is None else weights + mix_shift.reshape(-1, 1, 1)

@@ -11,7 +11,7 @@ import torch
 from bincompile.errors import InputError
 from bincompile.op import Operator, Sample, Tolerance
 
-MASKED_ROWS = ("nan", "zero")
+MASKED_ROWS = ("nan", "zero", "hidden")
 
 
 def _reference(query, key, value, bias, mask, scale, fill=None, causal=False,
@@ -22,8 +22,9 @@ def _reference(query, key, value, bias, mask, scale, fill=None, causal=False,
 
     query (..., M, D), key (..., N, D), value (..., N, E); bias is added, mask is True where a key
     is kept (`fill` None: -inf); causal keeps key j of query i where j <= i. A row that is -inf
-    everywhere gives nan, or zeros with masked_row="zero". Without need_weights the second result
-    is empty. The rest, in the order in which it takes effect:
+    everywhere gives nan, or zeros with masked_row="zero"; with "hidden" the probabilities of keys
+    that the mask hides are set to 0 after the softmax. Without need_weights the second result is
+    empty. The rest, in the order in which it takes effect:
 
     groups: each head of key and value (axis -3) serves so many heads of the query in turn.
     gain: the scaled scores are multiplied by it. mix_before (H', H): scores of head h' are its
@@ -49,6 +50,8 @@ def _reference(query, key, value, bias, mask, scale, fill=None, causal=False,
         empty = (scores == -math.inf).all(-1, keepdim=True)
         weights = torch.where(empty, 0.0, weights)
     weights = weights[..., :keys].to(value.dtype)
+    if masked_row == "hidden":
+        weights = torch.where(mask, weights, 0.0)
     weights = weights if mix_after is None else _mixed(weights, mix_after)
     if mix_shift is not None:
         weights = weights + mix_shift[:, None, None]
@@ -107,6 +110,9 @@ def _check(query, key, value, bias, mask, scale, fill=None, causal=False, masked
     if masked_row not in MASKED_ROWS:
         raise InputError(f"masked_row={masked_row!r}", " or ".join(map(repr, MASKED_ROWS)),
                          "the masked_row argument")
+    if masked_row == "hidden" and mask is None:
+        raise InputError("masked_row='hidden' without a mask", "a mask that says what is hidden",
+                         "the mask")
     if softcap is not None and not (softcap != 0 and math.isfinite(softcap)):
         raise InputError(f"softcap={softcap}", "a finite number that is not 0, or None",
                          "the softcap argument")
@@ -142,7 +148,7 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    for need, row in itertools.product((False, True), MASKED_ROWS):
+    for need, row in itertools.product((False, True), MASKED_ROWS[:2]):
         q, k, v = normal(2, 3, 5, 8), normal(2, 3, 7, 8), normal(2, 3, 7, 4)
         kept = torch.rand(2, 1, 5, 7, generator=generator) > 0.4
         kept[0, 0, 2] = False
@@ -176,6 +182,8 @@ def _facet_samples(normal, kept, rest) -> Iterator[Sample]:
     yield Sample((q, k, v, normal(5, 7), kept, 0.3, 0.0), {
         **{name: value for facet in facets for name, value in facet.items()}, **rest})
     yield Sample((q, k[:, :1], v[:, :1], None, None, 0.3), {"groups": 3, **rest})
+    for fill in (None, -1e4):
+        yield Sample((q, k, v, None, kept, 0.3, fill), {**rest, "masked_row": "hidden"})
     yield Sample((normal(2, 4, 3, 8), normal(2, 2, 3, 8), normal(2, 2, 3, 4), None, None, 0.3),
                  {"groups": 2, "causal": True, **rest})
 
@@ -187,6 +195,7 @@ def _bad_samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample((q[0, 0], k, k, None, None, 1.0), error="query")
     yield Sample((q, k, k, None, torch.ones(5, 7), 1.0), error="mask")
     yield Sample((q, k, k, None, None, 1.0), {"masked_row": "one"}, error="masked_row")
+    yield Sample((q, k, k, None, None, 1.0), {"masked_row": "hidden"}, error="mask")
     yield Sample((q, k, k, None, None, 1.0), {"softcap": 0.0}, error="softcap")
     yield Sample((q, k, k, None, None, 1.0), {"groups": 0}, error="groups")
     yield Sample((q[0], k[0], k[0], None, None, 1.0), {"groups": 2}, error="groups")

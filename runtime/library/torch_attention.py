@@ -39,6 +39,8 @@ def _supports(call: Call) -> str | None:
         return "query, key, value and bias of different dtypes"
     if bias is not None and bias.ndim == 0:
         return "a bias of no dimensions"
+    if call.value("masked_row") == "hidden" and call.value("fill") is None:
+        return "probabilities hidden after the softmax, with masked scores of -inf"
     if call.value("fill") not in (None, -math.inf) and query.dtype not in _UNDERFLOW:
         return f"a finite fill with scores in {query.dtype}"
     return host_reason(call)
