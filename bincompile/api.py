@@ -16,12 +16,13 @@ from bincompile.compiled import CompiledModel, DeferredModel
 from bincompile.config import VIOLATIONS, Binary, Continual, Guard, Target
 from bincompile.errors import ConfigError, ContinualError, InputTypeError
 from bincompile.passes.capture import Captured, capture
-from bincompile.passes.check import prove_whole
+from bincompile.passes.check import ResultError, prove_whole
 from bincompile.passes.examples import check_model
 from bincompile.passes.guard import guarded
 from bincompile.passes.layouts import lay_out
 from bincompile.passes.pipeline import EXACT, LOWER, run
 from bincompile.program import Program
+from bincompile.record import Refusal
 from bincompile.report import Report
 from bincompile.runtime.executor import bind
 
@@ -184,7 +185,25 @@ class Options:
     def compile(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledModel:
         """The whole pipeline on one call of the model."""
         captured = self.capture(model, args, kwargs)
-        return self.finish(captured, self.rewrite(captured.program))
+        program = self.rewrite(captured.program)
+        try:
+            return self.finish(captured, program)
+        except ResultError as error:
+            if program.lossy or not program.matches:
+                raise
+            log.warning("no rewrite is kept: %s", error.found)
+            return self.finish(captured, _without_rewrites(program, error))
+
+
+def _without_rewrites(program: Program, error: ResultError) -> Program:
+    """The program as it was captured; what was matched is refused, with the error for a reason.
+
+    Each rewrite was proven in float64, so that this is a model whose own results are lost to
+    rounding, such as scores of -1e9 that are used again.
+    """
+    refused = (Refusal(m.operator, m.path, f"proven, but {error.found}", m.node, m.source)
+               for m in program.matches)
+    return dataclasses.replace(program.at("normal"), refusals=(*program.refusals, *refused))
 
 
 def _dump(program: Program) -> None:

@@ -122,3 +122,13 @@ def test_rounding_is_told_from_mistakes() -> None:
     assert "finite" in fuzz.difference(torch.ones(3), nan, exact, 1e-5, False)
     assert not fuzz.difference(torch.ones(3), nan, exact, 1e-5, True)
     assert "finite" in fuzz.difference(nan, torch.ones(3), exact, 1e-5, True)
+
+
+def test_a_model_lost_to_rounding_is_left_as_it_is() -> None:
+    space = fuzz.load((fuzz.REGRESSIONS / "scores_lost_to_rounding.py").read_text())
+    args = fuzz.inputs_of(space, space.SIZES[0], space.DTYPE)
+    compiled = fuzz.bc.optimize(space.Model().eval(), args, dynamic_shapes=None)
+    (refusal,) = compiled.report.refusals
+    assert not compiled.report.matches and not compiled.report.rewrites
+    assert refusal.operator == "attention" and "differs" in refusal.reason and refusal.node
+    torch.testing.assert_close(compiled(*args), space.Model()(*args))
