@@ -39,10 +39,10 @@ def of_softmax(found: Found, query: fx.Node, key: fx.Node, context: Context) -> 
     def masks(terms: Iterable[Term]) -> list[Mask]:
         return [Mask.of(t, found.oriented(t.axes), tokens) for t in terms if t.axes is not None]
 
-    hiding = [*scores.masks, *(t for t in scores.late if t.hides)]
+    hidden = scores.fill is None or scores.fill <= DROPPED
+    hiding = [*(scores.masks if hidden else ()), *(t for t in scores.late if t.hides)]
     added = [*scores.terms, *(t for t in scores.late if not t.hides)]
-    plain = all(t.axes is not None for t in hiding) and (
-        scores.fill is None or scores.fill <= DROPPED)
+    plain = (hidden or not scores.masks) and all(t.axes is not None for t in hiding)
     made = [upstream(n, context) for n in (query, key, found.value)]
     return {
         **_head_facets(made, batch, features),

@@ -237,7 +237,8 @@ class _Trials:
         """What is kept for each draw of the inputs that the subgraph can be run with."""
         rows, columns = (concrete(t, numbers) for t in self.mask.tokens)
         seen, made = [], self.graph.at(numbers, swap)
-        for draw, sure in self._draws() if self.graph.inputs else ((_zeros, True),):
+        draws = self._draws(columns) if self.graph.inputs else ((_full(0), True),)
+        for draw, sure in draws:
             values = made(draw)
             if values is None:
                 continue
@@ -251,10 +252,11 @@ class _Trials:
                 return None
         return seen
 
-    def _draws(self) -> Iterable[tuple[Draw, bool]]:
+    def _draws(self, columns: int) -> Iterable[tuple[Draw, bool]]:
         """How inputs are drawn, and whether a mask has to be made of such values."""
         generator = torch.Generator().manual_seed(0)
-        pool = torch.tensor([0, 1, 2, 3, 5, -1, *(n + d for n in self.numbers for d in (0, 1))])
+        near = (n + d for n in (*self.numbers, columns) for d in (0, 1))
+        pool = torch.tensor([-1, 0, 1, 2, 3, *SHORTENED, *near])
 
         def some(dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
             return (torch.rand(shape, generator=generator) > 0.4).to(dtype)
@@ -264,16 +266,12 @@ class _Trials:
                 return some(dtype, shape)
             return pool[torch.randint(len(pool), shape, generator=generator)].to(dtype)
 
-        return ((_ones, True), (_zeros, True), (some, True), (some, True), (wide, False),
-                (wide, False))
+        return ((_full(1), True), (_full(0), True), (some, True), (some, True),
+                (_full(columns), False), (wide, False), (wide, False))
 
 
-def _ones(dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
-    return torch.ones(shape, dtype=dtype)
-
-
-def _zeros(dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
-    return torch.zeros(shape, dtype=dtype)
+def _full(number: int) -> Draw:
+    return lambda dtype, shape: torch.full(shape, number).to(dtype)
 
 
 def _fitted(samples: Sequence[Sample]) -> Kept:

@@ -11,6 +11,7 @@ from bincompile.passes.matching import canonicalise, match, prove
 from bincompile.passes.normalise import normalise
 from bincompile.passes.pack import pack
 from bincompile.passes.patterns import registered
+from bincompile.passes.specialise import specialise
 from bincompile.program import Program
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,7 @@ EXACT: tuple[Stage, ...] = (
     ("match", match),
     ("validate", prove),
     ("canonicalise", canonicalise),
+    ("specialise", specialise),
     ("pack", pack),
 )
 LOWER: tuple[Stage, ...] = (("lower", lower),)
