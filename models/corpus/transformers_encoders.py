@@ -33,7 +33,7 @@ def xlm_like(**settings: Any) -> dict[str, Any]:
 
 DISENTANGLED = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"],
                 "position_biased_input": False, "type_vocab_size": 0}
-CANINE_SIZES = ((2, 8), (3, 8), (1, 8))  # chunks are counted in Python
+ONE_LENGTH = ((2, 8), (3, 8), (1, 8))  # chunks and strides are counted in Python
 
 FAMILIES = (
     Family("bert", "BertModel", bert_like(), tokens(), 2, 3),
@@ -80,8 +80,8 @@ FAMILIES = (
     Family("funnel", "FunnelModel",
            {"vocab_size": VOCABULARY, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 40,
             "block_sizes": [1, 1], "num_decoder_layers": 1, "max_position_embeddings": 64},
-           tokens(), 3, 1, variants=("eager",), sizes=((2, 8), (3, 12), (1, 4)),
-           unusual=("relative terms", "pooled queries")),
+           tokens(), 3, 1, variants=("eager",), sizes=ONE_LENGTH,
+           unusual=("relative terms", "pooled queries of a fixed length")),
     Family("layoutlm", "LayoutLMModel", bert_like(max_2d_position_embeddings=64),
            together(tokens(), integers("bbox", 0, 1, -1, 4)), 2, 9, variants=("eager",),
            like="bert"),
@@ -120,7 +120,7 @@ FAMILIES = (
     Family("canine", "CanineModel",
            bert_like(num_hash_functions=2, num_hash_buckets=16, local_transformer_stride=4,
                      upsampling_kernel_size=4, downsampling_rate=4), tokens(), 5, 4,
-           variants=("eager",), sizes=CANINE_SIZES, unusual=("hashed tables", "chunks")),
+           variants=("eager",), sizes=ONE_LENGTH, unusual=("hashed tables", "chunks")),
     Family("tapas", "TapasModel", bert_like(type_vocab_sizes=[3, 8, 8, 2, 8, 8, 4]),
            together(tokens(), integers("token_type_ids", 0, 2, -1, 7)), 2, 9, variants=("eager",),
            like="bert"),
@@ -137,8 +137,9 @@ FAMILIES = (
            unusual=("bias from places on the page",)),
     Family("lilt", "LiltModel",
            bert_like(hidden_size=48, pad_token_id=1, channel_shrink_ratio=2,
-                     max_2d_position_embeddings=64), ROBERTA_TOKENS, 4, 10, variants=("eager",),
-           unusual=("sum of two attentions' scores",)),
+                     max_2d_position_embeddings=64), ROBERTA_TOKENS, 3, 10, variants=("eager",),
+           unusual=("sum of two attentions' scores",),
+           unseen={"attention": "it runs a fourth one, which reaches no output"}),
     Family("splinter", "SplinterModel", bert_like(), tokens(), 2, 3, variants=("eager",),
            like="bert"),
     Family("roc_bert", "RoCBertModel",
