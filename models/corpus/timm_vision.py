@@ -78,10 +78,10 @@ def _image(batch: int, length: int) -> Call:
 
 
 def _case(name: str, module: str, kind: str, attention: int, look_ups: int = 0,
-          unseen: str = "", **options: Any) -> Case:
+          unseen: str = "", declined: tuple[str, ...] = (), **options: Any) -> Case:
     return Case(f"timm/{name}", functools.partial(_made, module, kind, **options), _image,
                 attention, look_ups, needs=("timm",),
-                unseen={"attention": unseen} if unseen else {})
+                unseen={"attention": unseen} if unseen else {}, declined=declined)
 
 
 CASES = (
@@ -127,5 +127,6 @@ CASES = (
           num_heads_outer=4, unfused=True,
           **{k: v for k, v in PLAIN.items() if k != "num_heads"}),
     _case("convit/gated", "convit", "ConVit", 2, local_up_to_layer=1, unfused=True,
-          unseen="a gate mixes in weights of positions, and their sum is divided out", **PLAIN),
+          unseen="a gate mixes in weights of positions, and their sum is divided out",
+          declined=("the weights of two softmaxes are mixed by a gate and renormalised",), **PLAIN),
 )
