@@ -13,7 +13,7 @@ from bincompile.ops.embedding import embedding
 from bincompile.passes.graph import arguments, aten, shape_of
 from bincompile.passes.patterns import Context, TableUse
 from bincompile.passes.sizes import equal
-from bincompile.passes.tables import is_index, is_table, never_negative
+from bincompile.passes.tables import is_index, is_table, never_negative, wrapped
 
 Place = tuple[str, int] | None  # of an axis: ("table", i), ("indices", i), or a new one of size 1
 
@@ -26,6 +26,7 @@ class LookUp:
         axis: the axis of the table that is indexed.
         places: for each axis of the result, the axis of the table or of the indices that it is.
         wrap: negative indices count from the end.
+        modulo: an index counts modulo the rows, as torch.take_along_dim has it.
         shortened: whether a proof may use a table of fewer rows.
     """
 
@@ -34,6 +35,7 @@ class LookUp:
     axis: int
     places: tuple[Place, ...]
     wrap: bool = False
+    modulo: bool = False
     shortened: bool = True
 
     @property
@@ -52,7 +54,7 @@ class LookUp:
     def use(self) -> TableUse:
         """What a proof has to know of it."""
         return TableUse(self.axis, self.axis if self.shortened else None,
-                        "negative" if self.wrap else "rows")
+                        "any" if self.modulo else "negative" if self.wrap else "rows")
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -61,11 +63,21 @@ class LookUp:
         attrs = {"num_embeddings": sizes[self.axis],
                  "embedding_dim": math.prod(sizes[a] for a in self.rest), "padding_idx": None}
         return {**attrs, **({"negative": True} if self.wrap else {}),
+                **({"modulo": True} if self.modulo else {}),
                 **({"axis": self.axis} if self.axis else {})}
+
+    def inside(self, build: Any, values: Mapping[str, Any]) -> Any:
+        """The indices, from 0 on where the model allows others."""
+        rows = build.size(values["table"], self.axis)
+        if self.modulo:
+            return build.call(aten.remainder.Scalar, values["indices"], rows)
+        return wrapped(build, values["indices"], rows) if self.wrap else values["indices"]
 
     def emit(self, build: Any, values: Mapping[str, Any]) -> tuple[Any, ...]:
         """The operator on a table of two axes, and the layout around it."""
         table, indices = values["table"], values["indices"]
+        if self.modulo:
+            indices = self.inside(build, values)
         count, sizes = len(shape_of(self.indices)), [build.size(table, a) for a in self.rest]
         rows = _permuted(build, table, (self.axis, *self.rest))
         if len(sizes) != 1:
@@ -157,8 +169,8 @@ def _gather(node: fx.Node) -> LookUp | None:
         for a in range(rank))
     if "differs" in places or (places[dim] is None and shape_of(node)[dim] != 1):
         return None
-    whole = table is found["self"]
-    return LookUp(table, indices, columns[dim], places, shortened=whole)  # type: ignore[arg-type]
+    return LookUp(table, indices, columns[dim], places,  # type: ignore[arg-type]
+                  modulo=broadcast, shortened=table is found["self"])
 
 
 def _place(axis: int, column: int | None, own: int | None, nodes: tuple[fx.Node, ...],

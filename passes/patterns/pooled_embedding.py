@@ -20,7 +20,7 @@ from bincompile.passes.graph import arguments, aten, is_tensor, shape_of, users,
 from bincompile.passes.look_ups import LookUp, look_up
 from bincompile.passes.patterns import Candidate, Context, Example, Pattern, TableUse, owner_of
 from bincompile.passes.sizes import equal
-from bincompile.passes.tables import table_attrs, wrapped
+from bincompile.passes.tables import table_attrs
 
 MODES = {aten.sum.dim_IntList: "sum", aten.mean.dim: "mean"}
 WHOLE = (torch.float32, torch.float64)  # what both spellings add up in the same precision
@@ -69,14 +69,12 @@ def _weighted(node: fx.Node, context: Context) -> tuple[fx.Node, fx.Node | None]
 def _emit(build: Any, values: Mapping[str, Any], read: LookUp, axes: tuple[int, ...], mode: str,
           keep: bool) -> Any:
     """One bag for each place that stays; the axes that are summed over become its members."""
-    table, indices, weights = values["table"], values["indices"], values.get("weights")
+    table, weights, indices = values["table"], values.get("weights"), read.inside(build, values)
     if weights is not None:
         weights = build.call(aten.select.int, weights, -1, 0)
         weights = build.call(aten.expand.default, weights, [*build.shape(indices)])
         weights = build.call(aten.type_as.default, weights, table)
         weights = _in_bags(build, weights, axes)
-    if read.wrap:
-        indices = wrapped(build, indices, build.size(table, 0))
     sizes = [s for a, s in enumerate(build.shape(indices)) if a not in axes]
     bags = build.call(embedding_bag.overload, table, _in_bags(build, indices, axes), None, "sum",
                       *([] if weights is None else [weights]))
