@@ -82,7 +82,7 @@ class Pointer(nn.Module):
         super().__init__()
         self.query, self.key = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x: Tensor, choices: Tensor) -> Tensor:
+    def forward(self, x: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
         scores = self.query(x) @ self.key(choices).mT / math.sqrt(WIDTH)
         return scores.log_softmax(-1).argmax(-1), scores.softmax(-1)
 

@@ -15,12 +15,12 @@ HEADS = 4
 Core = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class SelfAttention(nn.Module):
-    """Self-attention around a core `(q, k, v) -> out` over (batch, heads, tokens, features)."""
+class Heads(nn.Module):
+    """The projections of a self-attention, to heads and back."""
 
-    def __init__(self, core: Core, heads: int = HEADS, width: int = WIDTH) -> None:
+    def __init__(self, heads: int = HEADS, width: int = WIDTH) -> None:
         super().__init__()
-        self.core, self.heads = core, heads
+        self.heads = heads
         self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
 
     def split(self, x: Tensor) -> list[Tensor]:
@@ -30,7 +30,16 @@ class SelfAttention(nn.Module):
 
     def merge(self, x: Tensor) -> Tensor:
         """(batch, heads, tokens, features) through the output projection."""
-        return self.out(x.transpose(1, 2).flatten(-2))
+        merged: Tensor = self.out(x.transpose(1, 2).flatten(-2))
+        return merged
+
+
+class SelfAttention(Heads):
+    """Self-attention around a core `(q, k, v) -> out` over (batch, heads, tokens, features)."""
+
+    def __init__(self, core: Core) -> None:
+        super().__init__()
+        self.core = core
 
     def forward(self, x: Tensor) -> Tensor:
         return self.merge(self.core(*self.split(x)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ ROWS, COLUMNS = 30, 16
 class Table(nn.Module):
     """A stored table that `read(table, ids)` reads in its own way."""
 
-    def __init__(self, read, stored: bool = True) -> None:
+    def __init__(self, read: Callable[[Tensor, Tensor], Tensor], stored: bool = True) -> None:
         super().__init__()
         self.read = read
         table = torch.randn(ROWS, COLUMNS)
@@ -151,6 +152,8 @@ class Ranking(nn.Module):
 class Factorisation(nn.Module):
     """A factorisation machine: all fields in one table, by offsets."""
 
+    starts: Tensor
+
     def __init__(self, fields: int = 3) -> None:
         super().__init__()
         self.rows, self.weights = nn.Embedding(ROWS * fields, 8), nn.Embedding(ROWS * fields, 1)
@@ -244,6 +247,8 @@ class Quotients(nn.Module):
 
 class Hashed(nn.Module):
     """Several hashes of an id, each with a row of one table; learned weights sum them."""
+
+    factors: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -132,7 +132,7 @@ def _weights_of_heads(batch: int, length: int) -> Call:
     return _itself(batch, length, average_attn_weights=False)
 
 
-_ATTENTION = (
+_ATTENTION: tuple[tuple[str, dict[str, Any], Inputs], ...] = (
     ("self/weights", {}, _itself),
     ("self/fused", {}, _no_weights),
     ("self/weights-of-heads", {}, _weights_of_heads),

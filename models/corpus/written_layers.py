@@ -13,6 +13,7 @@ from bincompile.models.corpus import Call
 from bincompile.models.corpus.parts import (
     HEADS,
     WIDTH,
+    Heads,
     SelfAttention,
     cases_of,
     ids,
@@ -25,11 +26,8 @@ HEAD = WIDTH // HEADS
 ROWS = 50
 
 
-class Cached(SelfAttention):
+class Cached(Heads):
     """New tokens attend to the keys and values of former calls, and return the longer ones."""
-
-    def __init__(self) -> None:
-        super().__init__(attend)
 
     def forward(self, x: Tensor, past: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         q, k, v = self.split(x)
@@ -49,11 +47,8 @@ class CausalCache(Cached):
         return self.merge(scores.softmax(-1) @ v), {"key": k, "value": v}
 
 
-class NewestQuery(SelfAttention):
+class NewestQuery(Heads):
     """A continual step: the newest token attends to its window."""
-
-    def __init__(self) -> None:
-        super().__init__(attend)
 
     def forward(self, window: Tensor) -> Tensor:
         q, k, v = self.split(window)
@@ -128,6 +123,8 @@ class Generator(nn.Module):
 
     class Block(nn.Module):
         """Causal attention with one projection, before the norm."""
+
+        seen: Tensor
 
         def __init__(self, context: int) -> None:
             super().__init__()

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bincompile.models.corpus.parts import HEADS, WIDTH, SelfAttention, cases_of
+from bincompile.models.corpus.parts import HEADS, WIDTH, Heads, cases_of
 from bincompile.models.corpus.written_projections import attend
 
 HEAD = WIDTH // HEADS
@@ -53,11 +53,11 @@ def _partial(x: Tensor) -> Tensor:
     return torch.cat((turned, rest), -1)
 
 
-class Rotary(SelfAttention):
+class Rotary(Heads):
     """Query and key are rotated by their positions."""
 
     def __init__(self, rotate: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(attend)
+        super().__init__()
         self.rotate = rotate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,11 +65,13 @@ class Rotary(SelfAttention):
         return self.merge(attend(self.rotate(q), self.rotate(k), v))
 
 
-class Slopes(SelfAttention):
+class Slopes(Heads):
     """ALiBi: a penalty that grows with the distance, at another rate in each head."""
 
+    slopes: Tensor
+
     def __init__(self, causal: bool) -> None:
-        super().__init__(attend)
+        super().__init__()
         self.causal = causal
         self.register_buffer("slopes", 2.0 ** -torch.arange(1, HEADS + 1).float(), False)
 
@@ -83,11 +85,11 @@ class Slopes(SelfAttention):
         return self.merge(scores.softmax(-1) @ v)
 
 
-class RelativeBias(SelfAttention):
+class RelativeBias(Heads):
     """T5's bias: a learned number for each head and distance, from a table."""
 
     def __init__(self) -> None:
-        super().__init__(attend)
+        super().__init__()
         self.bias = nn.Embedding(2 * FARTHEST + 1, HEADS)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,11 +98,11 @@ class RelativeBias(SelfAttention):
         return self.merge((q @ k.mT * ROOT + bias).softmax(-1) @ v)
 
 
-class Shaw(SelfAttention):
+class Shaw(Heads):
     """Relative positions as vectors: on the keys, and if asked on the values (Shaw et al.)."""
 
     def __init__(self, values: bool) -> None:
-        super().__init__(attend)
+        super().__init__()
         self.of_keys = nn.Embedding(2 * FARTHEST + 1, HEAD)
         self.of_values = nn.Embedding(2 * FARTHEST + 1, HEAD) if values else None
 
@@ -115,11 +117,11 @@ class Shaw(SelfAttention):
         return self.merge(out)
 
 
-class Disentangled(SelfAttention):
+class Disentangled(Heads):
     """DeBERTa's three terms: content to content, content to position, position to content."""
 
     def __init__(self) -> None:
-        super().__init__(attend)
+        super().__init__()
         self.places = nn.Embedding(2 * FARTHEST + 1, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,11 +137,11 @@ class Disentangled(SelfAttention):
         return self.merge(scores.softmax(-1) @ v)
 
 
-class TransformerXL(SelfAttention):
+class TransformerXL(Heads):
     """Two biases of the query, and a term by distance that is shifted into place."""
 
     def __init__(self) -> None:
-        super().__init__(attend)
+        super().__init__()
         self.of_content = nn.Parameter(torch.randn(HEADS, 1, HEAD))
         self.of_place = nn.Parameter(torch.randn(HEADS, 1, HEAD))
         self.place = nn.Linear(WIDTH, WIDTH, bias=False)

@@ -14,6 +14,7 @@ from bincompile.models.corpus.parts import (
     HEADS,
     WIDTH,
     Core,
+    Heads,
     SelfAttention,
     cases_of,
     tokens_and_keep,
@@ -184,11 +185,11 @@ def _fused(causal: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
-class Padded(SelfAttention):
+class Padded(Heads):
     """Self-attention over what is not padding: `masked(scores, keep)` spells the mask."""
 
     def __init__(self, masked: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__(_divided)
+        super().__init__()
         self.masked = masked
 
     def forward(self, x: Tensor, keep: Tensor) -> Tensor:
@@ -197,11 +198,11 @@ class Padded(SelfAttention):
         return self.merge(scores.softmax(-1) @ v)
 
 
-class Temperature(SelfAttention):
+class Temperature(Heads):
     """One learned factor a head, kept positive by its exponent and limited as SwinV2 does."""
 
     def __init__(self) -> None:
-        super().__init__(_divided)
+        super().__init__()
         self.temperature = nn.Parameter(torch.zeros(HEADS, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -223,11 +224,11 @@ class Normed(SelfAttention):
         return self.merge(self.core(self.of_query(q), self.of_key(k), v))
 
 
-class Sink(SelfAttention):
+class Sink(Heads):
     """One more score a head, learned, that takes weight from the keys and has no value."""
 
     def __init__(self) -> None:
-        super().__init__(_divided)
+        super().__init__()
         self.sink = nn.Parameter(torch.randn(HEADS))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,11 +238,11 @@ class Sink(SelfAttention):
         return self.merge(torch.cat((scores, sink), -1).softmax(-1)[..., :-1] @ v)
 
 
-class TalkingHeads(SelfAttention):
+class TalkingHeads(Heads):
     """Heads are mixed by learned matrices before and after the softmax."""
 
     def __init__(self, before: bool = True, after: bool = True) -> None:
-        super().__init__(_divided)
+        super().__init__()
         self.before = nn.Linear(HEADS, HEADS, bias=False) if before else nn.Identity()
         self.after = nn.Linear(HEADS, HEADS, bias=False) if after else nn.Identity()
 
@@ -252,7 +253,7 @@ class TalkingHeads(SelfAttention):
         return self.merge(weights @ v)
 
 
-class WithWeights(SelfAttention):
+class WithWeights(Heads):
     """Returns the probabilities and their entropy beside the result."""
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -311,7 +312,7 @@ CASES = (
         ("limits/norm", Normed),
         ("limits/sink", Sink),
         ("limits/nan-to-num", _core(_no_numbers)),
-        ("weights/returned", partial(WithWeights, _divided)),
+        ("weights/returned", WithWeights),
         ("fused/plain", _core(partial(_fused, False))),
         ("fused/causal", _core(partial(_fused, True))),
         ("precision/half", partial(InPrecision, _in_float, torch.float16)),
