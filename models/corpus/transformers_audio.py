@@ -15,6 +15,7 @@ from bincompile.models.corpus.transformers_inputs import (
 )
 
 WAVE = sound(samples=8)
+ONE_LENGTH = ((2, 8), (3, 8), (1, 8))  # frames are halved, then brought back
 LONGER = ((2, 7), (3, 11), (1, 9))
 
 
@@ -57,10 +58,10 @@ FAMILIES = (
            like="wav2vec2"),
     Family("data2vec-audio", "Data2VecAudioModel", wave_like(conv_pos_kernel_size=3), WAVE, 2,
            sizes=LONGER, like="wav2vec2"),
-    Family("sew", "SEWModel", wave_like(squeeze_factor=2), WAVE, 2, sizes=LONGER, like="wav2vec2"),
+    Family("sew", "SEWModel", wave_like(squeeze_factor=2), WAVE, 2, sizes=ONE_LENGTH, like="wav2vec2"),
     Family("sew_d", "SEWDModel", wave_like(squeeze_factor=2, position_buckets=4,
                                            share_att_key=True), WAVE, 2,
-           variants=("eager",), sizes=LONGER, unusual=("disentangled terms",)),
+           variants=("eager",), sizes=ONE_LENGTH, unusual=("disentangled terms",)),
     Family("wav2vec2_conformer", "Wav2Vec2ConformerModel",
            wave_like(position_embeddings_type="relative", max_source_positions=32), WAVE, 2,
            variants=("eager",), sizes=LONGER, unusual=("relative terms, shifted",)),
