@@ -73,7 +73,7 @@ def around_softmax(softmax: Softmax, context: Context) -> Candidate | None:
     if key not in context.activations:
         raise Declined("the softmax is not over a product of two computed tensors: the keys are "
                        "stored weights", path[0])
-    _check_features(scores.product)
+    _check_features(scores.product, context)
     found = _find_values(softmax, scores, by_left, context)
     if found.value not in context.activations:
         raise Declined("the values are stored weights, not computed from an input",
@@ -93,19 +93,30 @@ def _operands(product: Contraction, by_left: bool) -> tuple[fx.Node, fx.Node]:
     return (product.left, product.right) if by_left else (product.right, product.left)
 
 
-def _check_features(product: Contraction) -> None:
+def _check_features(product: Contraction, context: Context) -> None:
     """Attention sums over features; channel attention sums over tokens and is something else."""
     for node, axes in ((product.left, product.left_axes), (product.right, product.right_axes)):
         origin, axis = source(node, axes.index(product.contracted))
-        rank = len(shape_of(origin))
-        features = _FEATURE_AXIS.get(origin.target)
-        if features is not None and axis != features % rank:
+        features = _features_of(origin, context)
+        if features and axis not in features:
             raise Declined("query and key are multiplied over tokens, not over features",
                            product.node)
 
 
 _FEATURE_AXIS = {aten.linear.default: -1, aten.conv1d.default: 1, aten.conv2d.default: 1,
                  aten.conv3d.default: 1}
+
+
+def _features_of(projection: fx.Node, context: Context) -> set[int]:
+    """The axes of a product with stored weights that the weights bring; empty for anything else."""
+    if projection.target in _FEATURE_AXIS:
+        return {_FEATURE_AXIS[projection.target] % len(shape_of(projection))}
+    found = set()
+    for product in readings(projection):
+        for side, operand in enumerate((product.left, product.right)):
+            if operand not in context.activations:
+                found.add(product.axes.index(product.own[side]))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

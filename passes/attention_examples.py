@@ -53,6 +53,21 @@ class Mixed(nn.Module):
         return torch.einsum("bhij,hg->bgij", scores, layer.weight)
 
 
+class Channels(nn.Module):
+    """Attention between channels of an image, as in image restoration: the sums are over places."""
+
+    def __init__(self, features: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.qkv, self.heads = nn.Conv2d(features, 3 * features, 1), heads
+        self.near = nn.Conv2d(3 * features, 3 * features, 3, padding=1, groups=3 * features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (t.unflatten(1, (self.heads, -1)).flatten(-2)
+                   for t in self.near(self.qkv(x)).chunk(3, 1))
+        q, k = (nn.functional.normalize(t, dim=-1) for t in (q, k))
+        return (torch.softmax(q @ k.mT * 0.5, -1) @ v).flatten(1, 2).reshape(x.shape)
+
+
 class Sinks(nn.Module):
     """Self-attention with a learned score for each head that no value belongs to."""
 

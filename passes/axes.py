@@ -11,6 +11,7 @@ from torch import fx
 
 from bincompile.passes.graph import SIZES, arguments, aten, is_tensor, shape_of
 from bincompile.passes.sizes import equal, product
+from bincompile.passes.trail import regrouping
 
 LAYOUTS = (aten.reshape.default, aten.transpose.int, aten.permute.default,
            aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default,
@@ -200,7 +201,9 @@ SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, 
 # and which argument to follow.
 POINTWISE = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor,
              aten._to_copy.default, aten.to.dtype, aten.neg.default, aten.relu.default,
-             aten.gelu.default, aten.silu.default, aten.layer_norm.default, aten.rms_norm.default)
+             aten.gelu.default, aten.silu.default, aten.layer_norm.default, aten.rms_norm.default,
+             aten.tanh.default, aten.sigmoid.default, aten.elu.default, aten.batch_norm.default,
+             aten.group_norm.default)
 
 
 def source(node: fx.Node, axis: int) -> tuple[fx.Node, int]:
@@ -215,6 +218,8 @@ def source(node: fx.Node, axis: int) -> tuple[fx.Node, int]:
             if found is None:
                 found = _outer(node, axis)
             if found is None:
+                found = _innermost(node, axis)
+            if found is None:
                 break
             node, axis = node.args[0], found
         elif node.target is operator.getitem and node.args[0].target in SPLITS:
@@ -225,12 +230,22 @@ def source(node: fx.Node, axis: int) -> tuple[fx.Node, int]:
         elif node.target is aten.select.int:
             axis += axis >= node.args[1] % len(shape_of(node.args[0]))
             node = node.args[0]
+        elif node.target in (aten.slice.Tensor, aten.cat.default):
+            node = node.args[0] if node.target is aten.slice.Tensor else node.args[0][0]
         elif node.target in POINTWISE and is_tensor(node.args[0]) \
                 and len(shape_of(node.args[0])) == len(shape_of(node)):
             node = node.args[0]
         else:
             break
     return node, axis
+
+
+def _innermost(node: fx.Node, axis: int) -> int | None:
+    """The last of several axes that were merged into one."""
+    if node.target not in REGROUPS:
+        return None
+    groups = regrouping(shape_of(node.args[0]), shape_of(node)).groups
+    return next((old[-1] for old, new in groups if new == (axis,) and old), None)
 
 
 def _outer(node: fx.Node, axis: int) -> int | None:

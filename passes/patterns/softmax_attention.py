@@ -133,8 +133,9 @@ softmax_attention = Pattern(
           for how in ("linear", "conv", "einsum")),
         Example(spelled.Sinks, _tokens),
         *map(spelled.grouped, ("einsum", "axes", "repeat", "index", "expand"))),
-    near_misses=spelled.examples(
+    near_misses=(*spelled.examples(
         _over_queries, _over_heads, _over_batch, _over_channels, _relu_scores, _router,
         spelled.renormalised, spelled.capped_mask, spelled.linear_attention,
         spelled.sigmoid_attention, spelled.hidden_only_behind),
+        Example(spelled.Channels, lambda: (torch.randn(2, 32, 4, 6),))),
 )
