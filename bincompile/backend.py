@@ -21,7 +21,7 @@ from torch import fx
 from bincompile.api import Options
 from bincompile.compiled import CompiledModel, run
 from bincompile.config import Guard
-from bincompile.dynamo import GraphModel, Weights, lift
+from bincompile.dynamo import GraphModel, Weights, lift, numbers_of
 from bincompile.errors import (
     AccuracyError,
     AccuracyUnknownError,
@@ -85,6 +85,7 @@ class CompiledGraph:
     def __init__(self, graph_module: fx.GraphModule, mode: str | None,
                  options: Mapping[str, Any] | None) -> None:
         self._eager, self._asked = graph_module, (mode, options)
+        self._numbers = numbers_of(graph_module)
         self._variants: list[tuple[CompiledModel, Weights]] = []
         self._notes: list[str] = []
         self._captures = 0
@@ -134,7 +135,7 @@ class CompiledGraph:
                 return None
             self._captures += 1
             try:
-                self._variants.insert(0, _compiled(self._eager, inputs, options))
+                self._variants.insert(0, _compiled(self._model(inputs), inputs, options))
             except (AccuracyError, AccuracyUnknownError):
                 raise
             except BincompileError as error:
@@ -142,6 +143,9 @@ class CompiledGraph:
                 return None
             log.info("compiled a graph: %s", self._variants[0][0].report.summary())
             return self._find(inputs)
+
+    def _model(self, inputs: Sequence[Any]) -> GraphModel:
+        return GraphModel(self._eager, inputs, self._numbers)
 
     def _give_up(self, reason: str) -> None:
         self._given_up = True
@@ -153,13 +157,12 @@ class CompiledGraph:
             log.warning("%s", text)
 
 
-def _compiled(graph_module: fx.GraphModule, inputs: Sequence[Any],
+def _compiled(model: GraphModel, inputs: Sequence[Any],
               options: Options) -> tuple[CompiledModel, Weights]:
     with torch.no_grad():
-        model = GraphModel(graph_module, inputs)
         options = dataclasses.replace(options, dynamic_shapes=model.dynamic_shapes)
         captured = options.capture(model, model.given(inputs), {})
-        expected = graph_module(*inputs)
+        expected = model.graph(*inputs)
         _check_memory(expected, inputs)
         program, lifted = lift(options.rewrite(captured.program), model)
         weights = Weights(model, inputs, lifted)

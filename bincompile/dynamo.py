@@ -26,20 +26,22 @@ class GraphModel(nn.Module):
     Args:
         graph_module: what dynamo traced.
         inputs: the values of one call of it.
+        numbers: which inputs are tensors that stand for numbers of Python; see `numbers_of`.
 
     Raises:
         CaptureError: the graph is not one of plain tensors on the CPU.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    def __init__(self, graph_module: fx.GraphModule, inputs: Sequence[Any],
+                 numbers: frozenset[int] = frozenset()) -> None:
         super().__init__()
         places = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
         _check_kinds(places, inputs)
-        self.graph = graph_module
+        self.graph, self._numbers = graph_module, numbers
         self.weights: dict[int, str] = {}
         self.sizes: dict[int, tuple[int, int]] = {}
         for index, (place, value) in enumerate(zip(places, inputs, strict=True)):
-            if _is_weight(place, value):
+            if index not in numbers and _is_weight(place, value):
                 self.weights[index] = self._keep(path_of(place), index, value)
         axes = {str(size): (index, axis) for index, place in enumerate(places)
                 if index not in self.weights for axis, size in _dynamic(place)}
@@ -53,12 +55,14 @@ class GraphModel(nn.Module):
                                 if isinstance(inputs[i], nn.Parameter)}
         self.dynamic_shapes = {"given": tuple(
             {axis: Dim.AUTO for axis, _ in _dynamic(places[i]) if inputs[i].shape[axis] > 1}
-            if isinstance(inputs[i], torch.Tensor) else None for i in self.remaining)}
+            if isinstance(inputs[i], torch.Tensor) and i not in numbers else None
+            for i in self.remaining)}
         self.eval()
 
     def given(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Of the inputs of the graph those that this model takes."""
-        return tuple(inputs[i] for i in self.remaining)
+        return tuple(inputs[i].item() if i in self._numbers else inputs[i]
+                     for i in self.remaining)
 
     def forward(self, *given: Any) -> Any:
         """What the graph gives; node by node, so that each keeps its record of the user's code."""
@@ -83,6 +87,16 @@ class GraphModel(nn.Module):
                     return name
         raise CaptureError(f"no name for the weight {path}", "weights with names of their own",
                            "report the model")
+
+
+def numbers_of(graph_module: fx.GraphModule) -> frozenset[int]:
+    """Which inputs of a graph are tensors that stand for floats; dynamo knows while it compiles."""
+    places = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    return frozenset(
+        i for i, place in enumerate(places)
+        if getattr(place.meta.get("grapharg"), "pass_arg_as_tensor", False)
+        and place.meta["example_value"].dtype == torch.float64
+        and not place.meta["example_value"].ndim)
 
 
 def _check_kinds(places: Sequence[fx.Node], inputs: Sequence[Any]) -> None:

@@ -15,23 +15,26 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from bincompile.errors import CaptureError, ConfigError, InputError, InputTypeError
 from bincompile.passes.check import check_sizes
 from bincompile.passes.examples import (
+    axes_to_try,
     check_model,
-    dynamic_axes,
+    free_axes,
     grown,
     is_open_ended,
     labels_of,
+    more_axes,
     parameters,
     run_recorded,
     stated_axes,
@@ -112,10 +115,11 @@ def _capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...],
     with exporting(model), torch.no_grad():
         example = grown(wrapped, example) if grow and dynamic_shapes == "auto" else example
         tensors = tuple(v for v in example if isinstance(v, torch.Tensor))
-        shapes = (stated_axes(model, args, kwargs, dynamic_shapes),) if stated else \
-            (dynamic_axes(tensors),) if dynamic_shapes == "auto" else None
-        exported = torch.export.export(wrapped, tensors, dynamic_shapes=shapes, strict=False)
-        exported = exported.run_decompositions({})
+        choices = [(stated_axes(model, args, kwargs, dynamic_shapes),)] if stated else \
+            axes_to_try(tensors) if dynamic_shapes == "auto" else [None]
+        exported = _export(wrapped, tensors, choices)
+        if dynamic_shapes == "auto":
+            exported = _widened(wrapped, tensors, choices[0], exported)
     names, defaults = parameters(model)
     labels = labels_of(*held, names)
     graph_module, values = unlift(exported)
@@ -127,8 +131,69 @@ def _capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...],
     plain = Signature(inputs, in_spec, wrapped.out_spec, names, defaults,
                       _ranges(exported, inputs))
     signature, doubtful = _conditioned(plain, values)
-    program = Program(graph_module, signature, notes=_fixed_sizes(signature, shapes))
+    if not stated:
+        signature, doubtful = _without_lows(signature, doubtful)
+    program = Program(graph_module, signature, notes=_fixed_sizes(signature, choices[0]))
     return Captured(program, _flat_function(model, in_spec), example, doubtful)
+
+
+def _export(wrapped: _Flat, tensors: tuple[torch.Tensor, ...],
+            choices: Sequence[Any]) -> ExportedProgram:
+    """The graph with the first of these choices of axes that vary for which torch makes one.
+
+    torch fails on some formulas of sizes that a model asks about; with those fixed it does not.
+    """
+    first: Exception | None = None
+    for shapes in choices:
+        try:
+            exported = torch.export.export(wrapped, tensors, dynamic_shapes=shapes, strict=False)
+            exported = exported.run_decompositions({})
+            if _all_written(exported):
+                return exported
+            first = first or CaptureError(
+                "a branch on sizes that can't be written as a comparison of integers",
+                "comparisons of sums, products and remainders of sizes",
+                "the branch, or dynamic_shapes=None to fix all sizes")
+        except (GuardOnDataDependentSymNode, CaptureError):
+            raise
+        except Exception as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _widened(wrapped: _Flat, tensors: tuple[torch.Tensor, ...], tried: Any,
+             exported: ExportedProgram) -> ExportedProgram:
+    """The graph with more axes that vary, if there are such and none is lost for them."""
+    wider = more_axes(tensors, tried, exported)
+    if wider is None:
+        return exported
+    try:
+        found = _export(wrapped, tensors, [wider])
+    except Exception as error:
+        log.debug("a third axis stays as it is: %s", error)
+        return exported
+    return found if free_axes(exported) < free_axes(found) else exported
+
+
+def _all_written(exported: ExportedProgram) -> bool:
+    """Whether each of the model's own questions about sizes can be asked of a call."""
+    values = [n.meta["val"] for n in exported.graph.nodes
+              if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
+    sizes = [s for v in values for s in v.shape if isinstance(s, torch.SymInt)]
+    if not sizes:
+        return True
+    used = {str(s) for s in sizes if str(s).isidentifier()}
+    return (None, True) not in conditions(sizes[0].node.shape_env, used)
+
+
+def _without_lows(signature: Signature,
+                  doubtful: tuple[str, ...]) -> tuple[Signature, tuple[str, ...]]:
+    """Least sizes as doubtful conditions: torch narrows a range for what only it asks, too."""
+    lows = {s: low for s, (low, _) in signature.ranges.items() if low > 1}
+    ranges = {s: (1, high) for s, (_, high) in signature.ranges.items()}
+    return (dataclasses.replace(signature, ranges=ranges),
+            (*doubtful, *(f"{s} >= {low}" for s, low in lows.items())))
 
 
 def _fixed_sizes(signature: Signature, shapes: Any) -> tuple[str, ...]:

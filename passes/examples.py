@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
@@ -97,11 +97,46 @@ def grown(model: Callable[..., Any], example: list[Any]) -> list[Any]:
     return example
 
 
-def dynamic_axes(tensors: tuple[torch.Tensor, ...]) -> tuple[dict[int, Any], ...]:
-    """Which axes of each input may vary: the first two, and others of the same size."""
+def axes_to_try(tensors: tuple[torch.Tensor, ...]) -> list[Any]:
+    """Which axes of each input may vary, the most first, then the first axis alone, then none.
+
+    The most are the first two and others of the same size. A size of 1 is left: torch would fix it.
+    """
     sizes = {size for t in tensors for size in t.shape[:2]}
-    return tuple({axis: Dim.AUTO for axis, size in enumerate(t.shape)
+    most = tuple({axis: Dim.AUTO for axis, size in enumerate(t.shape)
                   if size > 1 and (axis < 2 or size in sizes)} for t in tensors)
+    rows = tuple({0: Dim.AUTO} if t.ndim and t.shape[0] > 1 else {} for t in tensors)
+    return [(most,), (rows,), None]
+
+
+def more_axes(tensors: tuple[torch.Tensor, ...], tried: Any, exported: ExportedProgram) -> Any:
+    """The same choice with the third axis where it may be time: None if there is no such input.
+
+    Those are (batch, features, time), where the model fixed the second axis, and (batch, heads,
+    time, features), which images are not: those have 1 or 3 channels in the second axis.
+    """
+    free = free_axes(exported)
+
+    def third(index: int, t: torch.Tensor) -> bool:
+        if not 3 <= t.ndim <= 4 or t.shape[2] < 2 or 2 in tried[0][index]:
+            return False
+        return (index, 1) not in free if t.ndim == 3 else t.shape[1] not in (1, 3)
+
+    found = [third(index, t) for index, t in enumerate(tensors)]
+    if not any(found):
+        return None
+    return (tuple({a: d for a, d in axes.items() if (index, a) in free} | {2: Dim.AUTO}
+                  if more else axes
+                  for index, (axes, more) in enumerate(zip(tried[0], found, strict=True))),)
+
+
+def free_axes(exported: ExportedProgram) -> set[tuple[int, int]]:
+    """The axes of each input that vary; a symbol that was fixed prints as its number."""
+    given = set(exported.graph_signature.user_inputs)
+    values = [n.meta["val"] for n in exported.graph.nodes
+              if n.op == "placeholder" and n.name in given]
+    return {(index, axis) for index, v in enumerate(values) for axis, size in enumerate(v.shape)
+            if not str(size).isdecimal()}
 
 
 def is_open_ended(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
@@ -176,6 +211,11 @@ class _Recorded(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return super().call_function(PLAIN.get(target, target), args, kwargs)
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target == "item" and isinstance(args[0], float):  # a number that dynamo held as a tensor
+            return args[0]
+        return super().call_method(target, args, kwargs)
 
     def _set_current_node(self, node: fx.Node) -> Any:
         return contextlib.nullcontext() if node.op == "call_module" \
