@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
 def is_tensor(node: Any) -> bool:
     """Whether a node holds a tensor."""
     return isinstance(node, fx.Node) and isinstance(value_of(node), torch.Tensor)
+
+
+def weight_bytes(nodes: Iterable[fx.Node]) -> int:
+    """Bytes of stored tensors, those of indices and flags left out."""
+    values = (value_of(n) for n in nodes)
+    return sum(v.nbytes for v in values if v.dtype not in (torch.int32, torch.int64, torch.bool))
 
 
 def activations(graph: fx.Graph) -> set[fx.Node]:

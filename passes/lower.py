@@ -7,7 +7,15 @@ import dataclasses
 import torch
 from torch import fx
 
-from bincompile.passes.graph import copy_module, finish, is_sequence, is_tensor, run_as_is, store
+from bincompile.passes.graph import (
+    copy_module,
+    finish,
+    is_sequence,
+    is_tensor,
+    run_as_is,
+    store,
+    weight_bytes,
+)
 from bincompile.program import Program, attribute
 
 
@@ -56,5 +64,5 @@ def _source_bytes(node: fx.Node) -> int:
 
 
 def read_bytes(node: fx.Node) -> int:
-    """Bytes of the stored tensors that a node reads."""
-    return sum(n.meta["val"].nbytes for n in node.all_input_nodes if n.op == "get_attr")
+    """Bytes of the stored weights that a node reads."""
+    return weight_bytes(n for n in node.all_input_nodes if n.op == "get_attr")

@@ -14,7 +14,7 @@ from bincompile.passes.graph import (
     copy_module,
     finish,
     put_in_order,
-    value_of,
+    weight_bytes,
 )
 from bincompile.passes.normalise import simplify
 from bincompile.passes.overlap import Proven, circular, misfit, without_overlaps
@@ -31,17 +31,21 @@ from bincompile.passes.validate import signature_of, validate
 from bincompile.program import Program, source_line
 from bincompile.record import Evidence, Match, Refusal, Rewrite
 
+HELD = "candidates"  # where a graph keeps those of `match` until `canonicalise` has placed them
+
 
 def match(program: Program) -> Program:
     """Every candidate of every pattern, as a match without evidence or a refusal."""
     context = Context.of(program)
     matches, refusals = list[Match](), list[Refusal]()
+    held = program.graph_module.meta[HELD] = dict[tuple[str, str], Candidate]()
     for pattern, node in anchors(program, "canonical"):
         found = candidate_at(pattern, node, context)
         if isinstance(found, Refusal):
             refusals.append(found)
         elif found is not None:
             matches.append(found_match(pattern, node, found))
+            held[pattern.name, node.name] = found
     return program.next(program.graph_module, "matched", matches=tuple(matches),
                         refusals=(*program.refusals, *refusals))
 
@@ -102,6 +106,7 @@ def canonicalise(program: Program) -> Program:
                                 bytes_before=stored_bytes(candidate, context),
                                 max_error=found.max_error, node=placed.name,
                                 replaces=found.node))
+    program.graph_module.meta.pop(HELD, None)
     put_in_order(module.graph)  # what reads the probabilities may stand before the product
     simplify(module)
     return program.next(finish(module), "canonical", matches=tuple(matches),
@@ -153,10 +158,10 @@ def apply(candidate: Candidate, module: fx.GraphModule, copies: dict[fx.Node, fx
 
 
 def stored_bytes(candidate: Candidate, context: Context) -> int:
-    """Bytes of the stored tensors that a candidate's subgraph reads."""
+    """Bytes of the stored weights that a candidate's subgraph reads."""
     inside = between(candidate.outputs, set(candidate.inputs.values()))
     reads = {*candidate.inputs.values(), *(n for node in inside for n in node.all_input_nodes)}
-    return sum(value_of(n).nbytes for n in stored_sources(reads, context))
+    return weight_bytes(stored_sources(reads, context))
 
 
 def stored_sources(nodes: Iterable[fx.Node], context: Context) -> set[fx.Node]:
@@ -179,6 +184,7 @@ def anchors(program: Program, stage: str) -> Iterator[tuple[Pattern, fx.Node]]:
 
 
 def _again(found: Match, node: fx.Node, context: Context) -> Candidate:
-    candidate = patterns("canonical")[found.pattern].match(node, context)
+    held = context.graph_module.meta.get(HELD, {}).get((found.pattern, found.node))
+    candidate = held or patterns("canonical")[found.pattern].match(node, context)
     assert isinstance(candidate, Candidate)
     return candidate
