@@ -153,9 +153,9 @@ def _sizes_to_try(cut: _Cut) -> Iterator[tuple[Assignment, bool]]:
     model wants more than small sizes, its own stand doubled.
     """
     *small, example = assignments([*cut.reads, *cut.nodes])
-    ordered = [*small[:-1], dict(zip(example, itertools.cycle(DISTINCT), strict=False)), example,
-               *small[-1:]]
-    yield from ((numbers, False) for numbers in (ordered if small else [example]))
+    apart = [] if len(set(example.values())) == len(example) else [
+        dict(zip(example, itertools.cycle(DISTINCT), strict=False))]
+    yield from ((numbers, False) for numbers in (*small[:-1], *apart, example, *small[-1:]))
     if small:
         yield {symbol: 2 * size for symbol, size in example.items()}, True
 
