@@ -15,7 +15,7 @@ from bincompile.models.corpus.transformers_inputs import (
 )
 
 WAVE = sound(samples=8)
-ONE_LENGTH = ((2, 8), (3, 8), (1, 8))  # frames are halved, then brought back
+ONE_LENGTH = ((2, 8), (3, 8), (1, 8))  # torch fixes the length: two bounds, or halves
 LONGER = ((2, 7), (3, 11), (1, 9))
 
 
@@ -65,7 +65,7 @@ FAMILIES = (
            variants=("eager",), sizes=ONE_LENGTH, unusual=("disentangled terms",)),
     Family("wav2vec2_conformer", "Wav2Vec2ConformerModel",
            wave_like(position_embeddings_type="relative", max_source_positions=32), WAVE, 2,
-           variants=("eager",), sizes=LONGER, unusual=("relative terms, shifted",)),
+           variants=("eager",), sizes=ONE_LENGTH, unusual=("relative terms, shifted",)),
     Family("wav2vec2_conformer-rotary", "Wav2Vec2ConformerModel",
            wave_like(position_embeddings_type="rotary"), WAVE, 2, variants=("eager",),
            sizes=LONGER, unusual=("rope before the projection",), like="wav2vec2_conformer"),
