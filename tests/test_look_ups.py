@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional
 
 import bincompile as bc
 from bincompile.errors import InputError
+from bincompile.ops import OPERATORS
+from bincompile.passes.capture import capture
+from bincompile.passes.graph import aten
+from bincompile.passes.matching import anchors, candidate_at
+from bincompile.passes.normalise import normalise
+from bincompile.passes.patterns import Candidate, Context
+from bincompile.passes.validate import validate
+from bincompile.record import Evidence
 
 ROWS = 9
 Read = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -254,3 +264,54 @@ def test_rows_that_others_read_too_are_looked_up_and_then_summed() -> None:
     indices = torch.tensor([3, 0, 5])
     both = [[m.operator for m in bc.optimize(m, (indices,)).report.matches] for m in (model, again)]
     assert both == [["embedding_bag", "embedding"], ["embedding"]]
+
+
+def candidate_of(model: nn.Module, *args: torch.Tensor) -> tuple[Candidate, fx.GraphModule]:
+    """The only look-up of a model, not proven yet."""
+    program = normalise(capture(model.eval(), args, {}).program)
+    context = Context.of(program)
+    found = [candidate_at(p, n, context) for p, n in anchors(program, "canonical")
+             if p.name in ("indexed_table", "one_hot_table", "pooled_embedding")]
+    [candidate] = [f for f in found if isinstance(f, Candidate)]
+    return candidate, program.graph_module
+
+
+def looked_up(build: Any, table: Any, indices: Any) -> Any:
+    return build.call(OPERATORS["embedding"].overload, table, indices)
+
+
+def bag_of(build: Any, v: Mapping[str, Any], mode: str, *rest: Any) -> Any:
+    return build.call(OPERATORS["embedding_bag"].overload, v["table"], v["indices"], None, mode,
+                      *rest)
+
+
+def weighted(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    return (functional.embedding(indices, table) * (indices * 0.5).unsqueeze(-1)).sum(1)
+
+
+WRONG: dict[str, tuple[Read, Callable[[Any, Mapping[str, Any]], Any]]] = {
+    "negative indices raise": (SPELLINGS["index"],
+                               lambda b, v: looked_up(b, v["table"], v["indices"])),
+    "absolute indices": (SPELLINGS["index"], lambda b, v: looked_up(
+        b, v["table"], b.call(aten.abs.default, v["indices"]))),
+    "the next row": (SPELLINGS["one-hot"], lambda b, v: looked_up(b, v["table"], b.call(
+        aten.remainder.Scalar, b.call(aten.add.Tensor, v["indices"], 1), ROWS))),
+    "unknown rows are the first": (compared, lambda b, v: looked_up(b, v["table"], b.call(
+        aten.remainder.Scalar, v["indices"], ROWS))),
+    "a mean for a sum": (lambda table, x: functional.embedding(x, table).sum(1),
+                         lambda b, v: bag_of(b, v, "mean")),
+    "a maximum for a mean": (lambda table, x: functional.embedding(x, table).mean(1),
+                             lambda b, v: bag_of(b, v, "max")),
+    "dropped weights": (weighted, lambda b, v: bag_of(b, v, "sum")),
+    "a padding row": (lambda table, x: functional.embedding(x, table).sum(1),
+                      lambda b, v: bag_of(b, v, "sum", None, False, 0)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_rule_of_a_look_up_is_refused(name: str) -> None:
+    read, emit = WRONG[name]
+    right, graph = candidate_of(Table(read), torch.tensor([[3, 0, 5], [8, 1, 1]]))
+    assert isinstance(validate(right, graph), Evidence)
+    wrong = dataclasses.replace(right, emit=lambda build, values: (emit(build, values),))
+    assert isinstance(validate(wrong, graph), str)
