@@ -251,8 +251,8 @@ def main() -> int:
     for index, outcome, problem in _all(options):
         if outcome is None:
             failed += 1
-            source = f'"""Graph {index} of seed {options.seed}: {_plain(problem)}"""\n\n' \
-                + graph(index, options.seed)
+            source = f'"""Graph {index} of seed {options.seed}: {_plain(problem)}"""\n' \
+                "# ruff: noqa\n\n" + graph(index, options.seed)
             print(f"\n=== graph {index}: {problem}\n{source}", flush=True)
             if options.keep:
                 options.keep.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
 """Random modules give what eager gives; what once failed is run again.
 
-More of them: `python tests/fuzz.py --graphs 10000`, or HYPOTHESIS_PROFILE=long for a random
-thousand that shrink to the least module that fails.
+More of them: `python tests/fuzz.py --graphs 10000`, or HYPOTHESIS_PROFILE=long for two thousand
+at random, where a module that fails shrinks to the least one.
 """
 
 from __future__ import annotations
