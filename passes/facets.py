@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from bincompile.passes.upstream import Upstream, heads_of, upstream
 if TYPE_CHECKING:
     from bincompile.passes.emit_attention import Found
     from bincompile.passes.placed import Term
+
+Facets = dict[str, Any]
 
 ADDS = 2  # sums that a token may have gone through since another one split off
 
@@ -43,12 +46,12 @@ def of_softmax(found: Found, query: fx.Node, key: fx.Node, context: Context) -> 
     hiding = [*(scores.masks if hidden else ()), *(t for t in scores.late if t.hides)]
     added = [*scores.terms, *(t for t in scores.late if not t.hides)]
     plain = (hidden or not scores.masks) and all(t.axes is not None for t in hiding)
-    made = [upstream(n, context) for n in (query, key, found.value)]
+    heads, origin, factor = _made((query, key, found.value), batch, features, context)
     return {
-        **_head_facets(made, batch, features),
-        "scale": scores.factor * made[0].factor * made[1].factor,
+        **heads,
+        "scale": scores.factor * factor,
         **_mask_facets(masks(added), masks(hiding), Kept() if plain else OPAQUE, context),
-        **_origin_facets(made),
+        **origin,
         "softcap": scores.softcap,
         "sink": scores.sink is not None,
         "mixing": scores.mixing is not None or found.mixing is not None,
@@ -65,14 +68,14 @@ def of_operator(node: fx.Node, found: Mapping[str, Any], scale: float,
     corner = None if equal(*tokens) else "top-left"
     known = Kept(after=0, corner=corner) if found["is_causal"] else Kept()
     masks = [] if given is None else [Mask(given, (rank, rank - 2, rank - 1), tokens)]
-    made = [upstream(n, context) for n in (query, key, value)]
     batch = [list(shape_of(n)[:-2]) for n in (query, key)]
+    heads, origin, factor = _made((query, key, value), batch, shape_of(query)[-1], context)
     return {
-        **_head_facets(made, batch, shape_of(query)[-1]),
-        "scale": scale * made[0].factor * made[1].factor,
+        **heads,
+        "scale": scale * factor,
         **_mask_facets([m for m in masks if not m.boolean], [m for m in masks if m.boolean],
                        known, context),
-        **_origin_facets(made),
+        **origin,
         "softcap": None,
         "sink": False,
         "mixing": False,
@@ -119,6 +122,25 @@ def _parts(mask: Mask, context: Context) -> Iterable[Kept | None]:
             yield from _parts(Mask(part, mask.axes, mask.tokens, factor=mask.factor), context)
     else:
         yield whole
+
+
+_MADE: weakref.WeakKeyDictionary[fx.GraphModule, dict[Any, tuple[Facets, Facets, float]]] = \
+    weakref.WeakKeyDictionary()
+
+
+def _made(nodes: Sequence[fx.Node], batch: Sequence[Sequence[Any]], features: Any,
+          context: Context) -> tuple[Facets, Facets, float]:
+    """Facets of heads and of origin, and the constants that query and key were multiplied by.
+
+    Every stage that looks at a match again asks for them again: they are remembered by graph.
+    """
+    known = _MADE.setdefault(context.graph_module, {})
+    asked = (*(n.name for n in nodes), str(batch), str(features))
+    if asked not in known:
+        made = [upstream(n, context) for n in nodes]
+        known[asked] = (_head_facets(made, batch, features), _origin_facets(made),
+                        made[0].factor * made[1].factor)
+    return known[asked]
 
 
 def _head_facets(made: Sequence[Upstream], batch: Sequence[Sequence[Any]],

@@ -50,11 +50,12 @@ def _axes(node: fx.Node) -> list[int]:
     return [a if a < 0 else a - rank for a in ([given] if isinstance(given, int) else given or [])]
 
 
-def rotation_of(chain: Sequence[fx.Node], region: Sequence[fx.Node],
-                meeting: fx.Node) -> str | None:
+def rotation_of(chain: Sequence[fx.Node], region: Sequence[fx.Node], meeting: fx.Node,
+                known: dict[str, str | None]) -> str | None:
     """How a region turns pairs of features: "half", "interleaved" or "complex"; None if not so.
 
-    It is run on single features with random cosines and sines: each spreads to one other.
+    It is run on single features with random cosines and sines: each spreads to one other. `known`
+    are the verdicts on regions that were seen before.
     """
     if any(n.target in REDUCTIONS for n in region):
         return None
@@ -63,13 +64,33 @@ def rotation_of(chain: Sequence[fx.Node], region: Sequence[fx.Node],
         return None
     below, above, start = ends
     nodes = sorted({*region, *below, *above}, key=_order(meeting.graph).__getitem__)
-    turned = _Turned.of(nodes, below[-1] if below else region[0], start)
-    partner = None if turned is None else turned.partner()
+    end = below[-1] if below else region[0]
+    text = _text(nodes, start)
+    if text not in known:
+        turned = _Turned.of(nodes, end, start)
+        known[text] = None if turned is None else _kind(turned.partner(), nodes)
+    return known[text]
+
+
+def _kind(partner: int | None, nodes: Sequence[fx.Node]) -> str | None:
     if partner is None:
         return None
     if any(value_of(n).dtype.is_complex for n in nodes if is_tensor(n)):
         return "complex"
     return "interleaved" if partner == 1 else "half"
+
+
+def _text(nodes: Sequence[fx.Node], start: fx.Node) -> str:
+    """A text that is equal for regions that compute the same."""
+    names = {start: f"start {shape_of(start)}", **{n: f"%{i}" for i, n in enumerate(nodes)}}
+
+    def shown(node: fx.Node) -> str:
+        value = value_of(node)
+        return names.get(node) or (f"{value.dtype}{tuple(value.shape)}"
+                                   if isinstance(value, torch.Tensor) else str(value))
+
+    return "\n".join(f"{n.target}{fx.node.map_arg((n.args, dict(n.kwargs)), shown)}"
+                     for n in nodes)
 
 
 def _order(graph: fx.Graph) -> dict[fx.Node, int]:

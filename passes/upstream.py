@@ -9,8 +9,10 @@ read here describes a match; it never changes what is run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import operator
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import fx
 
 from bincompile.passes.axes import LAYOUTS, SPLITS
 from bincompile.passes.graph import aten, is_sequence, is_tensor, number, shape_of, value_of
+from bincompile.passes.mask_graph import MaskGraph
 from bincompile.passes.patterns import Context
 from bincompile.passes.regions import NORMS, REGION, norm_of, rotation_of
 from bincompile.passes.scores import CASTS
@@ -71,6 +74,10 @@ class Upstream:
         return self.end.all_input_nodes[0]
 
 
+_ROTATIONS: weakref.WeakKeyDictionary[fx.GraphModule, dict[str, str | None]] = \
+    weakref.WeakKeyDictionary()
+
+
 def upstream(node: fx.Node, context: Context) -> Upstream:
     """How a value came to be."""
     return _Walk(context).up(node)
@@ -82,7 +89,11 @@ class _Walk:
     def __init__(self, context: Context) -> None:
         self.context = context
         self.turning: dict[fx.Node, bool] = {}
-        self.order = {n: i for i, n in enumerate(context.graph_module.graph.nodes)}
+
+    @functools.cached_property
+    def order(self) -> dict[fx.Node, int]:
+        """Where each node stands in the graph."""
+        return {n: i for i, n in enumerate(self.context.graph_module.graph.nodes)}
 
     def up(self, node: fx.Node) -> Upstream:
         chain, facts = [node], {"factor": 1.0, "rope": None, "norm": None}
@@ -126,7 +137,8 @@ class _Walk:
         if norm is not None:
             facts["norm"] = facts["norm"] or (norm, node)
             return meeting
-        rope = rotation_of(chain, region, meeting)
+        rope = rotation_of(chain, region, meeting,
+                           _ROTATIONS.setdefault(self.context.graph_module, {}))
         facts["rope"] = facts["rope"] or rope
         return meeting if rope is not None else None
 
@@ -172,10 +184,24 @@ class _Walk:
     def _factor(self, node: fx.Node) -> float:
         if node.target not in (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar):
             return 1.0
-        numbers = [number(self.context.graph_module, a) for a in node.args[:2]]
-        found = next((n for n in numbers if n), 1.0)
-        divides = node.target in (aten.div.Tensor, aten.div.Scalar)
-        return 1 / found if divides and numbers[1] else found
+        left, right = (self._number(a) for a in node.args[:2])
+        if node.target in (aten.div.Tensor, aten.div.Scalar):
+            return 1 / right if right else 1.0
+        return left or right or 1.0
+
+    def _number(self, arg: Any) -> float | None:
+        """A number, or the one element of a tensor that is made of stored constants."""
+        found = number(self.context.graph_module, arg)
+        if found is not None or not is_tensor(arg) or arg in self.context.activations \
+                or any(str(size) != "1" for size in shape_of(arg)):
+            return found
+        graph = MaskGraph.of(arg, self.context)
+        made = None if graph is None or graph.inputs or graph.sizes else graph.at({})(_unread)
+        return None if made is None or made.is_complex() else float(made)
+
+
+def _unread(dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
 
 
 def _carries(node: Any, context: Context) -> bool:
