@@ -326,7 +326,8 @@ CASES = (
     *cases_of("tables", (("words/word2vec", SkipGram),), _row_and_rows, look_ups=2),
     *cases_of("tables", (("pairs/ncf", Collaborative),), _pair, look_ups=4),
     *cases_of("tables", (("pairs/two-towers", TwoTowers),), _rows_and_row, look_ups=2),
-    *cases_of("tables", (("fields/dlrm", Ranking),), _dense_and_fields, look_ups=3),
+    *cases_of("tables", (("fields/dlrm", Ranking),), _dense_and_fields, look_ups=3,
+              sizes=((2, 7), (3, 11), (4, 4))),  # a batch of 1 needs a capture of its own
     *cases_of("tables", (("fields/factorisation", Factorisation),), _fields, look_ups=2),
     *cases_of("tables", (("fields/autoint", FieldAttention),), _fields, attention=1, look_ups=1),
     *cases_of("tables", (("history/din", Interest),), _rows_and_row, look_ups=2),

@@ -234,5 +234,5 @@ CASES = (
     *cases_of("written", (("models/gpt", Generator),), _ids, attention=2, look_ups=2),
     *cases_of("written", (("models/decoder", Decoder),), two_lengths, attention=2),
     *cases_of("written", (("window/in-batch", Windows),), attention=1,
-              sizes=((2, 8), (3, 16), (1, 4))),
+              sizes=((2, 8), (3, 16), (1, 12))),  # whole windows, and more than one
 )
