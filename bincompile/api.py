@@ -18,6 +18,7 @@ from bincompile.errors import ConfigError, ContinualError, InputTypeError
 from bincompile.passes.capture import Captured, capture
 from bincompile.passes.check import ResultError, prove_whole
 from bincompile.passes.examples import check_model
+from bincompile.passes.exporting import one_at_a_time
 from bincompile.passes.guard import guarded
 from bincompile.passes.layouts import lay_out
 from bincompile.passes.pipeline import EXACT, LOWER, run
@@ -100,8 +101,9 @@ def inspect(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
         >>> inspect(model, (x, x, x)).matches[0].attrs["heads"]
         4
     """
-    program = capture(model, *_call(args, kwargs), dynamic_shapes).program
-    return Report.of(run((*EXACT, *LOWER), program))
+    with one_at_a_time:
+        program = capture(model, *_call(args, kwargs), dynamic_shapes).program
+        return Report.of(run((*EXACT, *LOWER), program))
 
 
 def _call(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -33,6 +33,7 @@ from bincompile.errors import (
     ProofError,
 )
 from bincompile.passes.check import disagreement, rounding
+from bincompile.passes.exporting import one_at_a_time
 from bincompile.report import Report
 
 log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class CompiledGraph:
 
 def _compiled(model: GraphModel, inputs: Sequence[Any],
               options: Options) -> tuple[CompiledModel, Weights]:
-    with torch.no_grad():
+    with one_at_a_time, torch.no_grad():
         options = dataclasses.replace(options, dynamic_shapes=model.dynamic_shapes)
         captured = options.capture(model, model.given(inputs), {})
         expected = model.graph(*inputs)

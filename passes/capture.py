@@ -6,17 +6,12 @@ functional, yet with linear, matmul, softmax and attention still whole.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import io
 import logging
 import re
-import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
-from bincompile.errors import CaptureError, ConfigError, InputError, InputTypeError
+from bincompile.errors import CaptureError, InputError, InputTypeError
 from bincompile.passes.check import check_sizes
 from bincompile.passes.examples import (
     axes_to_try,
@@ -39,6 +34,7 @@ from bincompile.passes.examples import (
     run_recorded,
     stated_axes,
 )
+from bincompile.passes.exporting import exporting, one_at_a_time, without_fast_path
 from bincompile.passes.sizes import conditions
 from bincompile.passes.unlift import WRAPPER, unlift
 from bincompile.program import Program
@@ -47,7 +43,6 @@ from bincompile.structure import hold
 
 log = logging.getLogger(__name__)
 
-_LOUD = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,12 +204,8 @@ def _fixed_sizes(signature: Signature, shapes: Any) -> tuple[str, ...]:
 def _flat_function(model: nn.Module, in_spec: pytree.TreeSpec) -> Callable[[list[Any]], list[Any]]:
     def run(flat: list[Any]) -> list[Any]:
         args, kwargs = pytree.tree_unflatten(flat, in_spec)
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
+        with one_at_a_time, without_fast_path():
             return pytree.tree_leaves(hold(model(*args, **kwargs), fixed=True))
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
 
     return run
 
@@ -269,63 +260,6 @@ class _Flat(nn.Module):
                                "return the new values, or call the model without that input")
         leaves, self.out_spec = pytree.tree_flatten(result)
         return tuple(leaves)
-
-
-@contextlib.contextmanager
-def exporting(model: nn.Module | ExportedProgram) -> Iterator[None]:
-    """torch as it has to be while a model is captured; failures become `CaptureError`."""
-    from torch.nn.modules import transformer
-
-    fast, detect = torch.backends.mha.get_fastpath_enabled(), transformer._detect_is_causal_mask
-    torch.backends.mha.set_fastpath_enabled(False)
-    # The original inspects the values of the mask; without its answer the mask is used as given.
-    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
-    try:
-        with warnings.catch_warnings(), _quiet():
-            warnings.simplefilter("ignore")
-            yield
-    except Exception as error:
-        if not isinstance(error, InputTypeError | ConfigError | CaptureError):
-            raise _explain(model, error) from error
-        raise
-    finally:
-        transformer._detect_is_causal_mask = detect
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what torch prints beside an exception (graph, advice) for the log: ours says it all."""
-    printed = io.StringIO()
-    levels = {logger: logger.level for logger in map(logging.getLogger, _LOUD)}
-    for logger in levels:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(printed):
-            yield
-        sys.stderr.write(printed.getvalue())
-    except Exception:
-        log.debug("printed while capturing:\n%s", printed.getvalue())
-        raise
-    finally:
-        for logger, level in levels.items():
-            logger.setLevel(level)
-
-
-def _explain(model: nn.Module | ExportedProgram, error: Exception) -> CaptureError:
-    library = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__)
-              if not f.filename.startswith((library, str(Path(__file__).parent), "<"))
-              and "contextlib" not in f.filename]
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-    first = str(error).strip().splitlines()[0][:300] if str(error).strip() else ""
-    control = "DataDependent" in type(error).__name__ or "data-dependent" in str(error)
-    return CaptureError(
-        f"{type(model).__name__} can't be captured{where}\n  because: "
-        f"{type(error).__name__}: {first}",
-        "a forward whose control flow and shapes don't depend on the values of tensors",
-        "replace the branch on a tensor by torch.where or torch.cond" if control
-        else "the line above, or the example inputs")
 
 
 def _name_inputs(module: fx.GraphModule, flat: list[Any], labels: list[str]) -> None:

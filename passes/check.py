@@ -94,11 +94,14 @@ def _settled(program: Program, model: Callable[[list[Any]], list[Any]], example:
     Each is broken on purpose at two sizes that the model allows; it goes if the program follows
     the model there.
     """
-    own, sizes = program.signature.conditions, _sizes(program, example)
-    draws = itertools.islice(itertools.product(PROBED, repeat=len(sizes)), MOST_PROBED)
+    sizes = _sizes(program, example)
+    draws = [dict(zip(sizes, draw, strict=True)) for draw in itertools.islice(
+        itertools.product(PROBED, repeat=len(sizes)), MOST_PROBED)]
+    at_one = {text for text in program.signature.conditions if _only_at_one(text, draws)}
+    own = tuple(text for text in program.signature.conditions if text not in at_one)
+    doubtful = [*at_one, *doubtful]
     breaks = [({d for d in doubtful if broken((d,), numbers)}, tuple(numbers.items()))
-              for draw in draws if doubtful
-              and not broken(own, numbers := dict(zip(sizes, draw, strict=True)))]
+              for numbers in draws if doubtful and not broken(own, numbers)]
     breaks.sort(key=lambda place: len(place[0]))
 
     @functools.cache
@@ -120,6 +123,13 @@ def _settled(program: Program, model: Callable[[list[Any]], list[Any]], example:
     kept = tuple(text for text in doubtful if needed(text))
     signature = dataclasses.replace(program.signature, conditions=(*own, *kept))
     return dataclasses.replace(program, signature=signature)
+
+
+def _only_at_one(text: str, draws: Sequence[Mapping[str, int]]) -> bool:
+    """Whether a condition is broken where a size is 1 alone: mostly torch's question of strides."""
+    reads = names(text)
+    places = [numbers for numbers in draws if broken((text,), numbers)]
+    return bool(places) and all(1 in (numbers[name] for name in reads) for numbers in places)
 
 
 def _apart(places: list[Numbers], reads: set[str]) -> list[Numbers]:

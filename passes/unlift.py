@@ -21,12 +21,10 @@ def unlift(exported: ExportedProgram) -> tuple[fx.GraphModule, list[Any]]:
     """The graph with parameters as get_attr nodes, and the fake values of its inputs."""
     signature, tensors = exported.graph_signature, {}
     inputs = {spec.arg.name: spec for spec in signature.input_specs}
-    changed = [s.target or s.arg.name for s in signature.output_specs
-               if s.kind is not OutputKind.USER_OUTPUT]
+    changed = [str(s.target or s.arg.name).removeprefix(f"{WRAPPER}.")
+               for s in signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
     if changed:
-        raise CaptureError(f"the forward changes {', '.join(map(str, changed))} in place",
-                           "a forward that changes neither its inputs nor its buffers",
-                           "return the new value instead of writing it")
+        raise _changes(exported, changed)
     graph, copies, values = fx.Graph(), {}, []
     for node in exported.graph.nodes:
         spec = inputs.get(node.name) if node.op == "placeholder" else None
@@ -52,6 +50,15 @@ def unlift(exported: ExportedProgram) -> tuple[fx.GraphModule, list[Any]]:
     _refuse_random(module.graph)
     module.recompile()
     return module, values
+
+
+def _changes(exported: ExportedProgram, changed: list[str]) -> CaptureError:
+    found = f"the forward changes {', '.join(changed)} in place"
+    allowed = "a forward that changes neither its inputs nor its buffers"
+    if any("embedding_renorm" in target_name(n.target) for n in exported.graph.nodes):
+        return CaptureError(f"{found}: max_norm= renormalises rows at every call", allowed,
+                            "renormalise the table once and set max_norm=None")
+    return CaptureError(found, allowed, "return the new value instead of writing it")
 
 
 def _refuse_random(graph: fx.Graph) -> None:
