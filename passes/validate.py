@@ -35,6 +35,7 @@ LIMIT = 1e-9
 SEEDS = (0, 1, 2)
 FLOOR = 1e-3  # errors of smaller values are counted relative to this
 ROWS = 64  # rows of a table or weight in a proof: no row depends on how many there are
+FACTORS = ("factor", "mix", "shift")  # roles that multiply scores: 1e4 there leaves no digits
 ROW_ROLES = ("table", "row_scale", "weight", "weight_scale", "bias")
 
 Values = dict[str, Any]
@@ -58,7 +59,7 @@ def _zeros(role: str, value: torch.Tensor) -> torch.Tensor:
 
 
 def _huge(role: str, value: torch.Tensor) -> torch.Tensor:
-    if role.startswith("factor") or value.dtype == torch.bool:
+    if role.startswith(FACTORS) or value.dtype == torch.bool:
         return value
     return torch.where(value >= 0, 1e4, -1e4).to(value.dtype)
 
