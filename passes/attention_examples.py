@@ -41,7 +41,8 @@ class Mixed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        scores = self._mixed(q @ k.mT * 0.3, self.before)
+        slopes = torch.linspace(-1, 1, self.heads)[:, None, None] * torch.arange(x.shape[1])
+        scores = self._mixed(q @ k.mT * 0.3 + slopes, self.before)
         weights = self._mixed(torch.softmax(scores, -1), self.after)
         return (weights @ v).transpose(1, 2).flatten(-2)
 

@@ -189,9 +189,11 @@ def moved(node: fx.Node, positions: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def _regrouped(before: tuple[Any, ...], after: tuple[Any, ...], position: int) -> int | None:
-    lead = product(before[:position])
+    lead, wanted = product(before[:position]), before[position]
     for index, size in enumerate(after):
-        if equal(size, before[position]) and equal(product(after[:index]), lead):
+        if isinstance(size, int) != isinstance(wanted, int):  # far cheaper than to compare symbols
+            continue
+        if equal(size, wanted) and equal(product(after[:index]), lead):
             return index
     return None
 

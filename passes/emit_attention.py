@@ -216,24 +216,40 @@ class _Writer:
             mask = self.build.call(aten.logical_not.default, mask)
         return self.build.call(aten.masked_fill.Scalar, zeros, mask, float("-inf"))
 
-    def total(self, role: str, terms: tuple[Term, ...]) -> Any:
-        """The sum of added tensors; None if there are none."""
+    def total(self, role: str, terms: tuple[Term, ...], start: int = 0) -> Any:
+        """The sum of added tensors from `start` on; None if there are none."""
         total = None
-        for index, term in enumerate(terms):
+        for index, term in enumerate(terms[start:], start):
             tensor = self.term(role, index, term)
             total = tensor if total is None else self.build.call(aten.add.Tensor, total, tensor)
         return total
 
     def bias(self) -> Any:
-        """What is added before the mask."""
-        total = self.total("bias", self.found.scores.terms)
-        mixing = self.found.scores.mixing
-        if mixing is None or mixing.shift is None:
-            return total
-        shift = self.given["shift_before"]
-        for _ in range(2):
-            shift = self.build.call(aten.unsqueeze.default, shift, -1)
-        return shift if total is None else self.build.call(aten.add.Tensor, total, shift)
+        """What is added before the mask; heads of what came before they were mixed are mixed."""
+        terms, mixing = self.found.scores.terms, self.found.scores.mixing
+        early = [t for t in terms if t.mixed]
+        parts = [self.total("bias", terms, len(early))]
+        if mixing is not None:
+            parts += [self._mixed(self.total("bias", tuple(early))), self._shift(mixing)]
+        parts = [part for part in parts if part is not None]
+        total = parts[0] if parts else None
+        for part in parts[1:]:
+            total = self.build.call(aten.add.Tensor, total, part)
+        return total
+
+    def _mixed(self, bias: Any) -> Any:
+        if bias is None:
+            return None
+        for _ in range(3 - len(_shape(bias))):
+            bias = self.build.call(aten.unsqueeze.default, bias, 0)
+        matrix = self._matrix("mix_before", self.found.scores.mixing)
+        return self.build.call(aten.einsum.default, "gh,...hmn->...gmn", [matrix, bias])
+
+    def _shift(self, mixing: Mixing) -> Any:
+        if mixing.shift is None:
+            return None
+        shift = self.build.call(aten.unsqueeze.default, self.given["shift_before"], -1)
+        return self.build.call(aten.unsqueeze.default, shift, -1)
 
     def mask(self) -> Any:
         """Where keys are kept."""

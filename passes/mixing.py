@@ -23,10 +23,13 @@ MIXES: Mapping[Any, tuple[int, ...]] = {
 def mix(scores: Scores, node: fx.Node, operand: int, context: Context) -> Scores:
     """The scores behind a mixture of heads."""
     mixing = mixing_of(scores, node, operand, context)
-    if scores.terms or scores.masks or scores.softcap or scores.clamped or scores.late \
+    if scores.masks or scores.softcap or scores.clamped or scores.late \
             or scores.mixing or scores.sink or scores.offset:
         raise Declined("heads are mixed after the scores were masked or changed otherwise", node)
-    return dataclasses.replace(scores, mixing=mixing)
+    if any(t.hides for t in scores.terms):
+        raise Declined("heads are mixed after the scores were masked", node)
+    terms = tuple(dataclasses.replace(t, mixed=True) for t in scores.terms)
+    return dataclasses.replace(scores, mixing=mixing, terms=terms)
 
 
 def mixing_of(scores: Scores, node: fx.Node, operand: int, context: Context) -> Mixing:

@@ -64,7 +64,8 @@ class Term:
     """A tensor that joins the scores at a place, with a factor.
 
     `inverted`: of a mask, that True hides a key. `hides`: a mask that is added, as -inf.
-    `divides`: of a tensor factor, that the scores are divided by it.
+    `divides`: of a tensor factor, that the scores are divided by it. `mixed`: heads are mixed
+    after it was added.
     """
 
     node: fx.Node
@@ -73,6 +74,7 @@ class Term:
     inverted: bool = False
     hides: bool = False
     divides: bool = False
+    mixed: bool = False
 
     @property
     def axes(self) -> tuple[int, int, int] | None:

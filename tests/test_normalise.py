@@ -45,6 +45,10 @@ SPELLINGS: dict[str, tuple[Callable[..., Any], list[str]]] = {
                         ["aten._to_copy", "aten._to_copy", "aten.add.Tensor"]),
     "a factor of one": (lambda x: x * 1.0 / 1 + 1, ["aten.add.Tensor"]),
     "a factor of two": (lambda x: x * 2.0 + 1, ["aten.mul.Tensor", "aten.add.Tensor"]),
+    "a cast to another's dtype": (lambda x: x.double().type_as(x) + 1,
+                                  ["aten._to_copy", "aten._to_copy", "aten.add.Tensor"]),
+    "a stabilised softmax": (lambda x: torch.softmax(x - x.amax(1, keepdim=True), 1),
+                             ["aten.softmax.int"]),
     "views": (lambda x: x.view(-1, 4) + 1, ["aten.reshape", "aten.add.Tensor"]),
 }
 
@@ -53,6 +57,28 @@ SPELLINGS: dict[str, tuple[Callable[..., Any], list[str]]] = {
 def test_one_spelling_is_left(name: str) -> None:
     function, left = SPELLINGS[name]
     assert targets(normal(function)) == left
+
+
+@pytest.mark.parametrize("equation", ["bnd,bmd,bn->bmn", "bnd,bmd,bk->nmk", "bnd,bn,bmd->bdnm"])
+def test_an_einsum_of_three_is_a_chain_of_two(equation: str) -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        parts = equation.split("->")[0].split(",")
+        return torch.einsum(equation, *(x if len(p) == 3 else x[:, :, 0] for p in parts))
+
+    program, x = normal(function), torch.randn(X)
+    assert all(len(n.args[1]) == 2 for n in program.graph.nodes
+               if n.op == "call_function" and n.target is torch.ops.aten.einsum.default)
+    torch.testing.assert_close(program(x), function(x))
+
+
+def test_a_copy_stays_before_what_reads_memory_as_it_lies() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        turned = x.transpose(0, 2).contiguous().unflatten(-1, (-1, 1)).expand(-1, -1, -1, 2)
+        return torch.view_as_real(torch.view_as_complex(turned.contiguous()))
+
+    assert "aten.clone" in targets(normal(function))
+    x = torch.randn(X)
+    assert torch.equal(normal(function)(x), function(x))
 
 
 def powers(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
