@@ -115,21 +115,27 @@ def _capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...],
         exported = _export(wrapped, tensors, choices)
         if dynamic_shapes == "auto":
             exported = _widened(wrapped, tensors, choices[0], exported)
-    names, defaults = parameters(model)
-    labels = labels_of(*held, names)
+    signature, doubtful, graph_module = _signed(
+        exported, wrapped, flat, labels_of(*held, parameters(model)[0]), parameters(model))
+    if not stated:
+        signature, doubtful = _without_lows(signature, doubtful)
+    program = Program(graph_module, signature, notes=_fixed_sizes(signature, choices[0]))
+    return Captured(program, _flat_function(model, in_spec), example, doubtful)
+
+
+def _signed(exported: ExportedProgram, wrapped: _Flat, flat: list[Any], labels: list[str],
+            forward: tuple[tuple[str, ...], dict[str, Any]],
+            ) -> tuple[Signature, tuple[str, ...], fx.GraphModule]:
+    """The signature of a graph, conditions that may not be needed, and the graph."""
     graph_module, values = unlift(exported)
     tensor_values = iter(values)
     inputs = tuple(
         _spec(label, next(tensor_values)) if isinstance(v, torch.Tensor)
         else InputSpec(label, constant=v) for label, v in zip(labels, flat, strict=True))
     _name_inputs(graph_module, flat, labels)
-    plain = Signature(inputs, in_spec, wrapped.out_spec, names, defaults,
+    plain = Signature(inputs, wrapped.in_spec, wrapped.out_spec, *forward,
                       _ranges(exported, inputs))
-    signature, doubtful = _conditioned(plain, values)
-    if not stated:
-        signature, doubtful = _without_lows(signature, doubtful)
-    program = Program(graph_module, signature, notes=_fixed_sizes(signature, choices[0]))
-    return Captured(program, _flat_function(model, in_spec), example, doubtful)
+    return *_conditioned(plain, values), graph_module
 
 
 def _export(wrapped: _Flat, tensors: tuple[torch.Tensor, ...],
@@ -243,18 +249,19 @@ class _Flat(nn.Module):
         self.training = False
         self.add_module(WRAPPER, model)
         self._constants = tuple(None if isinstance(v, torch.Tensor) else (v,) for v in flat)
-        self._in_spec = in_spec
+        self.in_spec = in_spec
         self.out_spec: pytree.TreeSpec
 
     def forward(self, *tensors: torch.Tensor) -> tuple[Any, ...]:
         remaining = iter(tensors)
         flat = [next(remaining) if c is None else c[0] for c in self._constants]
-        args, kwargs = pytree.tree_unflatten(flat, self._in_spec)
-        model = self.get_submodule(WRAPPER)
-        call = functools.partial(run_recorded, model) if type(model) is fx.GraphModule else model
+        args, kwargs = pytree.tree_unflatten(flat, self.in_spec)
+        call = model = self.get_submodule(WRAPPER)
+        if isinstance(model, fx.GraphModule):
+            call = functools.partial(run_recorded, model)
         result = hold(call(*args, **kwargs), fixed=True)
         after, spec = pytree.tree_flatten(hold((args, kwargs)))
-        if spec != self._in_spec or any(a is not b for a, b in zip(after, flat, strict=True)):
+        if spec != self.in_spec or any(a is not b for a, b in zip(after, flat, strict=True)):
             raise CaptureError("the forward changes a list, a dict or an object of its inputs",
                                "a forward that leaves its inputs as they are",
                                "return the new values, or call the model without that input")
