@@ -184,7 +184,7 @@ def _followed(number: int, found: Kept, nearer: Sequence[Kept | None]) -> Kept:
     first, second = nearer
     if first is None or second is None or first.opaque or second.opaque:
         return OPAQUE
-    sides = []
+    sides: list[int | None] = []
     for name in ("before", "after"):
         whole, low, high = (getattr(k, name) for k in (found, first, second))
         if low == high == whole:

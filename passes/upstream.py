@@ -243,9 +243,9 @@ def _fewest(nodes: Iterable[fx.Node]) -> sympy.Expr:
 
 def _tokens(made: Upstream) -> sympy.Expr | None:
     """How many tokens a projection reads."""
-    shape = shape_of(made.end)
-    if made.projection is None or not shape:
+    if made.projection is None:
         return None
+    shape = shape_of(made.end)
     if made.projection in ("linear", "addmm"):
         return elements(made.end) / shape[-1]
     if made.projection == "conv":

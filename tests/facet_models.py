@@ -196,6 +196,11 @@ def unprojected(m: Spelled, x: torch.Tensor) -> torch.Tensor:
     return torch.softmax(x @ x.mT / 8, -1) @ x
 
 
+def pooled(m: Spelled, x: torch.Tensor) -> torch.Tensor:
+    q, k, v = heads(m, x)
+    return soft(q.unflatten(2, (2, -1)).max(2).values @ k.mT * 0.25, v)
+
+
 def cross(m: Spelled, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     q, k, v = split(m.q(x)), split(m.k(y)), split(m.v(y))
     return soft(q @ k.mT * 0.25, v)

@@ -12,6 +12,7 @@ import torch
 from facet_models import FEATURES, HEADS, LEAST, WIDTH, added, back, hidden, masked
 from torch.nn import functional
 
+from bincompile.models.corpus import cases
 from bincompile.passes.capture import capture
 from bincompile.passes.pipeline import EXACT, run
 
@@ -166,6 +167,7 @@ ORIGINS: dict[str, tuple[spelled.Core, tuple[torch.Tensor, ...], dict[str, Any]]
     "convolved": (spelled.convolved, (), {"projection": "conv", "heads": 4, "kv_heads": 4}),
     "einsum": (spelled.einsummed, (), {"projection": "einsum", "heads": 4, "kv_heads": 4}),
     "none": (spelled.unprojected, (), {"projection": "none", "heads": None, "cross": False}),
+    "pooled queries": (spelled.pooled, (), {"heads": 4, "kv_heads": 4, "cross": None}),
     "cross": (spelled.cross, CROSS, {"projection": "separate", "cross": True, "mask": "none"}),
     "cross, causal": (spelled.cross_by_operator, CROSS, {
         "mask": "causal", "causal": True, "alignment": "top-left"}),
@@ -222,3 +224,35 @@ def test_sizes_that_are_fixed_are_the_only_ones_tried() -> None:
     assert run(MATCHING, program).matches[0].attrs["mask"] == "none"
     (found,) = facets(spelled.Spelled(hidden(lambda m, x: back(x) < 6)), tokens())
     assert found["mask"] == "opaque"
+
+
+# Case of the corpus, module path of a match, and what it is.
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral/sdpa": ("layers.0.self_attn", {
+        "mask": "window+padding", "window": 4, "mask_form": "boolean", "rope": "half",
+        "kv_heads": 2, "projection": "separate"}),
+    "gemma2/eager": ("layers.1.self_attn", {
+        "mask": "causal+padding", "softcap": 2.0, "kv_heads": 2}),
+    "qwen3/sdpa": ("layers.0.self_attn", {"norm": "rms", "rope": "half", "kv_heads": 2}),
+    "moonshine/eager": ("decoder.layers.0.encoder_attn", {"cross": True, "mask": "none"}),
+    "gpt_neo/eager": ("h.1.attn.attention", {
+        "mask": "window+padding", "window": 4, "mask_form": "additive+boolean"}),
+    "gpt_oss/eager": ("layers.1.self_attn", {"sink": True, "mask": "causal+padding"}),
+    "mpnet/eager": ("encoder.layer.0.attention.attn", {"mask": "padding", "bias": 1}),
+    "squeezebert/eager": ("encoder.layers.0.attention", {"projection": "conv", "heads": 4}),
+    "falcon/eager": ("h.0.self_attention", {"kv_heads": 2, "heads": 4}),
+    "gpt2/eager": ("h.0.attn", {"projection": "addmm", "mask": "causal+padding"}),
+}
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name.startswith("mistral") else pytest.mark.slow)
+    for name in TRANSFORMERS])
+def test_transformers(name: str) -> None:
+    pytest.importorskip("transformers")
+    path, expected = TRANSFORMERS[name]
+    (case,) = (c for c in cases("transformers") if c.name == f"transformers/{name}")
+    args, kwargs = case.inputs(*case.sizes[0])
+    program = run(MATCHING, capture(case.build().eval(), args, kwargs).program)
+    (found,) = (m.attrs for m in program.matches if m.path == path)
+    assert {key: found[key] for key in expected} == expected
