@@ -195,7 +195,7 @@ def _hides_again(now: _Probabilities, user: fx.Node, context: Context) -> bool:
 
 def _drops_sink(now: _Probabilities, user: fx.Node) -> bool:
     """Whether a slice leaves out the last score, which the sink has."""
-    axis, start, *_ = (*user.args[1:], 0, 0)
+    axis, start = (*list(user.args[1:3]), 0)[:2]
     labels = now.at.place.labels
     before, after = shape_of(now.node), shape_of(user)
     return now.at.sink is not None and start in (0, None) and labels[axis] in now.at.product.own \

@@ -144,89 +144,106 @@ def kept(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 def softcap(q, k, v):
+    """Scores capped by tanh, then masked."""
     scores = torch.tanh(q @ k.mT * 0.3 / 5.0) * 5.0
     return torch.softmax(scores.masked_fill(~kept(q, k), -1e9), -1) @ v
 
 
 def clamped(q, k, v):
+    """Scores clamped, then a causal mask added."""
     scores = (q @ k.mT * 0.3).clamp(-0.5, 0.5)
     return torch.softmax(scores + torch.full((q.shape[2],) * 2, -math.inf).triu(1), -1) @ v
 
 
 def clamped_after_bias(q, k, v):
+    """A mask added, then everything clamped from below."""
     scores = q @ k.mT * 0.3 + torch.full((q.shape[2],) * 2, -math.inf).triu(1)
     return torch.softmax(scores.clamp_min(torch.finfo(torch.float32).min), -1) @ v
 
 
 def constant_added(q, k, v):
+    """Numbers added to the scores."""
     return torch.softmax((q @ k.mT + 2.0) * 0.3 - 1.5, -1) @ v
 
 
 def subtracted_from(q, k, v):
+    """Scores that are subtracted from the mask."""
     mask = torch.full((q.shape[2],) * 2, -math.inf).triu(1)
     return torch.softmax(mask - q @ k.mT * 0.3, -1) @ v
 
 
 def stabilised(q, k, v):
+    """The maximum taken off before the softmax."""
     scores = q @ k.mT * 0.3
     return torch.softmax(scores - scores.amax(-1, keepdim=True), -1) @ v
 
 
 def two_masks(q, k, v):
+    """Two masks, the later one of -inf."""
     scores = (q @ k.mT * 0.3).masked_fill(~kept(q, k), -1e9)
     return torch.softmax(scores.masked_fill(kept(q, k).tril(-3), -math.inf), -1) @ v
 
 
 def masks_of_two_fills(q, k, v):
+    """Two masks, the later one of a finite value."""
     scores = (q @ k.mT * 0.3).masked_fill(~kept(q, k), -math.inf)
     return torch.softmax(scores.masked_fill(kept(q, k).tril(-3), -1e4), -1) @ v
 
 
 def bias_after_filled_mask(q, k, v):
+    """Slopes added behind a mask of a finite value."""
     scores = (q @ k.mT * 0.3).masked_fill(~kept(q, k), -1e9)
     slopes = torch.linspace(0.1, 1, q.shape[1])[:, None, None]
     return torch.softmax(scores - slopes * torch.arange(k.shape[2]), -1) @ v
 
 
 def mask_from_ones(q, k, v):
+    """A mask made of ones and zeros."""
     mask = (1.0 - kept(q, k).float()) * -1e4
     return torch.softmax(q @ k.mT * 0.3 + mask, -1) @ v
 
 
 def multiplied_mask(q, k, v):
+    """A mask that multiplies the scores and is added."""
     ones = kept(q, k).float()
     return torch.softmax(q @ k.mT * 0.3 * ones - 1e4 * (1 - ones), -1) @ v
 
 
 def nested_where(q, k, v):
+    """A mask within a mask."""
     near = kept(q, k).triu(-2)
     scores = torch.where(kept(q, k), q @ k.mT * 0.3, -math.inf)
     return torch.softmax(torch.where(near, scores, -math.inf), -1) @ v
 
 
 def dots(q, k, v):
+    """Einsums with an ellipsis."""
     weights = torch.softmax(torch.einsum("...id,...jd->...ij", q, k) * 0.3, -1)
     return torch.einsum("...ij,...jd->...id", weights, v)
 
 
 def three_operands(q, k, v):
+    """An einsum of three tensors."""
     scale = torch.linspace(0.1, 1.0, q.shape[1])
     weights = torch.softmax(torch.einsum("bhid,bhjd,h->bhij", q, k, scale), -1)
     return torch.einsum("bhij,bhjd->bihd", weights, v).transpose(1, 2)
 
 
 def broadcast_product(q, k, v):
+    """Products written as sums of what broadcasts."""
     scores = (q.unsqueeze(-2) * k.unsqueeze(-3)).sum(-1) * 0.3
     return (torch.softmax(scores, -1).unsqueeze(-1) * v.unsqueeze(-3)).sum(-2)
 
 
 def tokens_first(q, k, v):
+    """Tokens in front, then batch and heads."""
     q, k, v = (t.permute(2, 0, 1, 3) for t in (q, k, v))
     weights = torch.softmax(torch.einsum("ibhd,jbhd->ijbh", q, k) * 0.3, 1)
     return torch.einsum("ijbh,jbhd->ibhd", weights, v).permute(1, 2, 0, 3)
 
 
 def regrouped_twice(q, k, v):
+    """Heads merged with the batch, apart for the softmax, merged again."""
     _, h, n, d = q.shape
     q, k, v = (t.reshape(-1, n, d) for t in (q, k, v))
     scores = torch.bmm(q, k.mT) * 0.3
@@ -237,6 +254,7 @@ def regrouped_twice(q, k, v):
 
 
 def queries_of_all_heads(q, k, v):
+    """The queries of all heads in one axis, for keys that they share."""
     b, h, n, d = q.shape
     k, v = k[:, 0], v[:, 0]
     scores = (q.reshape(b, h * n, d) @ k.mT * 0.3).view(b, h, n, n)
@@ -245,47 +263,56 @@ def queries_of_all_heads(q, k, v):
 
 
 def without_maximum(q, k, v):
+    """A softmax of powers, no maximum taken off."""
     powers = torch.exp(q @ k.mT * 0.3)
     return (powers / powers.sum(-1, keepdim=True)) @ v
 
 
 def normalised_late(q, k, v):
+    """Powers times values, normalised last."""
     powers = torch.exp(q @ k.mT * 0.3)
     return (powers @ v) / powers.sum(-1, keepdim=True)
 
 
 def normalised_late_with_maximum(q, k, v):
+    """The same, with the maximum taken off."""
     scores = q @ k.mT * 0.3
     powers = torch.exp(scores - scores.amax(-1, keepdim=True))
     return (powers @ v) / powers.sum(-1, keepdim=True)
 
 
 def by_logarithm(q, k, v):
+    """The power of a log_softmax."""
     return torch.log_softmax(q @ k.mT * 0.3, -1).exp() @ v
 
 
 def by_logsumexp(q, k, v):
+    """The power of scores less their logsumexp."""
     scores = q @ k.mT * 0.3
     return torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True)) @ v
 
 
 def in_full_precision(q, k, v):
+    """Scores and softmax in float32, cast back."""
     weights = torch.softmax((q.float() @ k.float().mT) * 0.3, -1, dtype=torch.float32)
     return weights.to(v.dtype) @ v
 
 
 def cleaned(q, k, v):
+    """Rows that are masked everywhere give zeros."""
     scores = (q @ k.mT * 0.3).masked_fill(~kept(q, k).triu(-1).roll(1, 0), -math.inf)
     return torch.softmax(scores, -1).nan_to_num() @ v
 
 
 def hidden_twice(q, k, v):
+    """A mask before the softmax, and zeros behind it."""
     hidden = ~kept(q, k).triu(-1).roll(1, 0)
     scores = (q @ k.mT * 0.3).masked_fill(hidden, torch.finfo(q.dtype).min)
     return torch.softmax(scores, -1).masked_fill(hidden, 0.0) @ v
 
 
 def windows(q, k, v):
+    """Attention within windows, a bias for each."""
     b, h, n, d = q.shape
     q, k, v = (t.reshape(b, h, n // 2, 2, d).transpose(1, 2).reshape(-1, h, 2, d)
                for t in (q, k, v))
@@ -300,36 +327,44 @@ def windows(q, k, v):
 
 
 def hidden_only_behind(q, k, v):
+    """Probabilities hidden behind the softmax alone."""
     return torch.softmax(q @ k.mT * 0.3, -1).masked_fill(~kept(q, k), 0.0) @ v
 
 
 def renormalised(q, k, v):
+    """Probabilities masked and normalised again."""
     weights = torch.softmax(q @ k.mT * 0.3, -1) * kept(q, k)
     return weights / weights.sum(-1, keepdim=True) @ v
 
 
 def softened(q, k, v):
+    """A sum of powers with a number added."""
     powers = torch.exp(q @ k.mT * 0.3)
     return (powers / (powers.sum(-1, keepdim=True) + 1e-3)) @ v
 
 
 def sums_of_queries(q, k, v):
+    """Powers normalised over the queries."""
     powers = torch.exp(q @ k.mT * 0.3)
     return (powers / powers.sum(-2, keepdim=True)) @ v
 
 
 def capped_mask(q, k, v):
+    """tanh of scores with the mask in them."""
     return torch.softmax(torch.tanh(q @ k.mT + kept(q, k).float()), -1) @ v
 
 
 def linear_attention(q, k, v):
+    """Softmaxes of queries and keys, each on its own."""
     q, k = torch.softmax(q, -1), torch.softmax(k, -2)
     return q @ (k.mT @ v)
 
 
 def sigmoid_attention(q, k, v):
+    """Sigmoids in place of the softmax."""
     return torch.sigmoid(q @ k.mT * 0.3) @ v
 
 
 def logarithm_kept(q, k, v):
+    """A log_softmax times the values."""
     return torch.log_softmax(q @ k.mT * 0.3, -1) @ v

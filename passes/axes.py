@@ -121,9 +121,9 @@ def _summed(node: fx.Node) -> tuple[Contraction, ...]:
 
     def read(mine: int, yours: int) -> Contraction:
         names = [f"{i}" if i in (mine, yours, axis) else f"*{i}" for i in range(rank)]
-        label = [tuple(f"_{i}" if lacks[side][i] and i in own[1 - side] else names[i]
-                       for i in range(rank)) for side in (0, 1)]
-        return Contraction(node, left, right, *label,
+        ours, theirs = (tuple(f"_{i}" if lacks[side][i] and i in own[1 - side] else names[i]
+                              for i in range(rank)) for side in (0, 1))
+        return Contraction(node, left, right, ours, theirs,
                            tuple(n for i, n in enumerate(names) if i != axis))
 
     return tuple(read(mine, yours) for mine in reversed(own[0]) for yours in reversed(own[1]))
@@ -144,9 +144,9 @@ def _einsum(node: fx.Node) -> tuple[Contraction, ...]:
 
     def read(mine: str, yours: str) -> Contraction:
         kept = (mine, yours, *summed)
-        label = [tuple(a if a in kept else f"*{a}" for a in axes)
-                 for axes in (left, right, output)]
-        return Contraction(node, operands[0], operands[1], *label)
+        ours, theirs, found = (tuple(a if a in kept else f"*{a}" for a in axes)
+                               for axes in (left, right, output))
+        return Contraction(node, operands[0], operands[1], ours, theirs, found)
 
     order = [sorted(o, key=output.index, reverse=True) for o in own]
     return tuple(read(mine, yours) for mine in order[0] for yours in order[1])
