@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -156,9 +155,8 @@ def _head_facets(made: Sequence[Upstream], batch: Sequence[Sequence[Any]],
 
 
 def _heads_by_axes(batch: Sequence[Any]) -> int | None:
-    """The heads, where they have batch axes of their own behind the first."""
-    own = batch[1:]
-    return math.prod(own) if own and all(isinstance(s, int) for s in own) else None
+    """The heads, where they have the one batch axis behind the first."""
+    return batch[1] if len(batch) == 2 and isinstance(batch[1], int) else None
 
 
 def _origin_facets(made: Sequence[Upstream]) -> dict[str, Any]:
