@@ -128,6 +128,11 @@ def grouped(how: str) -> Example:
     return Example(lambda: Grouped(how), lambda: (torch.randn(2, 6, 32),))
 
 
+def mixed(how: str) -> Example:
+    """An example of heads that are mixed."""
+    return Example(lambda: Mixed(how), lambda: (torch.randn(2, 6, 32),))
+
+
 def example(core: Core) -> Example:
     """An example around a core."""
     return Example(lambda: HandWritten(core), lambda: (torch.randn(2, 6, 32),))

@@ -129,8 +129,7 @@ softmax_attention = Pattern(
             spelled.broadcast_product, spelled.tokens_first, spelled.regrouped_twice,
             spelled.queries_of_all_heads, spelled.in_full_precision, spelled.cleaned,
             spelled.windows, spelled.hidden_twice),
-        *(Example(lambda how=how: spelled.Mixed(how), _tokens)
-          for how in ("linear", "conv", "einsum")),
+        *map(spelled.mixed, ("linear", "conv", "einsum")),
         Example(spelled.Sinks, _tokens),
         *map(spelled.grouped, ("einsum", "axes", "repeat", "index", "expand"))),
     near_misses=(*spelled.examples(
