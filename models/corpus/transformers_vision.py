@@ -34,6 +34,7 @@ RESNET = {"backbone": None, "use_timm_backbone": False, "use_pretrained_backbone
 DETECTOR = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
             "decoder_attention_heads": 4, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40,
             "num_queries": 5}
+CONSTANT = ("the first layer of the decoder computes queries and keys from parameters alone",)
 
 FAMILIES = (
     Family("vit", "ViTModel", vit_like(), pixels(), 2, sizes=IMAGES),
@@ -116,14 +117,18 @@ FAMILIES = (
     Family("aimv2-vision", "Aimv2VisionModel", vit_like(), pixels(), 3, 1, sizes=IMAGES,
            unusual=("pooling attention",)),
     Family("detr", "DetrModel", DETECTOR | RESNET, pixels(32), 6, sizes=IMAGES,
-           variants=("eager",)),
+           variants=("eager",),
+           declined=CONSTANT),
     Family("conditional_detr", "ConditionalDetrModel", DETECTOR | RESNET, pixels(32), 6,
-           sizes=IMAGES, unusual=("queries of two parts",), variants=("eager",), like="detr"),
+           sizes=IMAGES, unusual=("queries of two parts",), variants=("eager",), like="detr",
+           declined=CONSTANT),
     Family("table-transformer", "TableTransformerModel", DETECTOR | RESNET, pixels(32), 6,
-           variants=("eager",), sizes=IMAGES, like="detr"),
+           variants=("eager",), sizes=IMAGES, like="detr",
+           declined=CONSTANT),
     Family("dab_detr", "DabDetrModel",
            {k: v for k, v in DETECTOR.items() if k != "d_model"} | RESNET | {"hidden_size": 32},
-           pixels(32), 6, sizes=IMAGES, variants=("eager",), like="detr"),
+           pixels(32), 6, sizes=IMAGES, variants=("eager",), like="detr",
+           declined=CONSTANT),
     Family("focalnet", "FocalNetModel",
            {"embed_dim": 8, "image_size": 16, "patch_size": 4, "hidden_sizes": [8, 16],
             "depths": [1, 1], "focal_levels": [1, 1], "focal_windows": [3, 3]}, pixels(), 0,
