@@ -63,8 +63,8 @@ def _held(value: Any, fixed: bool, depth: int) -> Held:
     return Held(type(value), tuple(found), [hold(v, fixed, depth) for v in values])
 
 
-def _rebuild(kind: type, names: tuple[str, ...], values: list[Any]) -> Any:
-    made: Any = kind.__new__(kind)
+def _rebuild(kind: Any, names: tuple[str, ...], values: list[Any]) -> Any:
+    made = kind.__new__(kind)
     for name, value in zip(names, values, strict=False):  # contents come behind the attributes
         object.__setattr__(made, name, value)
     if isinstance(made, dict):
@@ -117,5 +117,5 @@ def _keyed(held: Held) -> tuple[list[Any], Any]:
 
 pytree.register_pytree_node(
     Held, lambda h: (h.values, (h.kind, h.names)),
-    lambda values, context: _rebuild(*context, list(values)), flatten_with_keys_fn=_keyed)
+    lambda values, context: _rebuild(context[0], context[1], list(values)), flatten_with_keys_fn=_keyed)
 pytree.register_pytree_node(Fixed, lambda f: ([], f.value), lambda _, value: value)
