@@ -117,5 +117,6 @@ def _keyed(held: Held) -> tuple[list[Any], Any]:
 
 pytree.register_pytree_node(
     Held, lambda h: (h.values, (h.kind, h.names)),
-    lambda values, context: _rebuild(context[0], context[1], list(values)), flatten_with_keys_fn=_keyed)
+    lambda values, context: _rebuild(context[0], context[1], list(values)),
+    flatten_with_keys_fn=_keyed)
 pytree.register_pytree_node(Fixed, lambda f: ([], f.value), lambda _, value: value)
