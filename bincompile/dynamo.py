@@ -123,8 +123,8 @@ def _dynamic(place: fx.Node) -> Iterator[tuple[int, Any]]:
     """The axes of an input that dynamo lets vary, and their sizes."""
     value = place.meta.get("example_value")
     if isinstance(value, torch.Tensor):
-        yield from ((axis, size) for axis, size in enumerate(value.shape)
-                    if isinstance(size, torch.SymInt))
+        sizes: list[Any] = list(value.shape)
+        yield from ((a, size) for a, size in enumerate(sizes) if isinstance(size, torch.SymInt))
 
 
 def path_of(place: fx.Node) -> str:

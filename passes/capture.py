@@ -115,8 +115,8 @@ def _capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...],
         exported = _export(wrapped, tensors, choices)
         if dynamic_shapes == "auto":
             exported = _widened(wrapped, tensors, choices[0], exported)
-    signature, doubtful, graph_module = _signed(
-        exported, wrapped, flat, labels_of(*held, parameters(model)[0]), parameters(model))
+    labels = labels_of(held[0], held[1], parameters(model)[0])
+    signature, doubtful, graph_module = _signed(exported, wrapped, flat, labels, parameters(model))
     if not stated:
         signature, doubtful = _without_lows(signature, doubtful)
     program = Program(graph_module, signature, notes=_fixed_sizes(signature, choices[0]))
@@ -256,7 +256,8 @@ class _Flat(nn.Module):
         remaining = iter(tensors)
         flat = [next(remaining) if c is None else c[0] for c in self._constants]
         args, kwargs = pytree.tree_unflatten(flat, self.in_spec)
-        call = model = self.get_submodule(WRAPPER)
+        model = self.get_submodule(WRAPPER)
+        call: Callable[..., Any] = model
         if isinstance(model, fx.GraphModule):
             call = functools.partial(run_recorded, model)
         result = hold(call(*args, **kwargs), fixed=True)

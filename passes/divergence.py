@@ -39,7 +39,7 @@ def divergence(softmax: fx.Node, scores: fx.Node, known: Collection[Any],
 
 def _back(start: fx.Node, through: Collection[Any]) -> list[fx.Node]:
     """The nodes behind this one, nearest first, as far as targets let one through."""
-    found, pending = [], deque([start])
+    found, pending = list[fx.Node](), deque([start])
     while pending and len(found) < FARTHEST:
         node = pending.popleft()
         if node in found or node.op != "call_function" or not is_tensor(node):

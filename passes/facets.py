@@ -39,7 +39,8 @@ def of_softmax(found: Found, query: fx.Node, key: fx.Node, context: Context) -> 
              for names, node in zip(labels, (query, key), strict=True)]
 
     def masks(terms: Iterable[Term]) -> list[Mask]:
-        return [Mask.of(t, found.oriented(t.axes), tokens) for t in terms if t.axes is not None]
+        return [Mask.of(t, (t.axes[0], *found.oriented(t.axes)), tokens)
+                for t in terms if t.axes is not None]
 
     hidden = scores.fill is None or scores.fill <= DROPPED
     hiding = [*(scores.masks if hidden else ()), *(t for t in scores.late if t.hides)]

@@ -43,7 +43,7 @@ def _other_order(expected: torch.Tensor, found: torch.Tensor) -> tuple[int, ...]
     wide = [axis for axis, size in enumerate(expected.shape) if size != 1]
     if all(expected.stride(axis) == found.stride(axis) for axis in wide) or not expected.numel():
         return None
-    strides = expected.stride()
+    strides: tuple[int, ...] = expected.stride()
     order = tuple(sorted(range(expected.ndim), key=lambda axis: (-strides[axis], axis)))
     return order if expected.permute(order).is_contiguous() else None
 

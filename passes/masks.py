@@ -104,9 +104,9 @@ class Mask:
     factor: float = 1.0
 
     @classmethod
-    def of(cls, term: Term, axes: tuple[int, int], tokens: tuple[Any, Any]) -> Mask:
+    def of(cls, term: Term, axes: tuple[int, int, int], tokens: tuple[Any, Any]) -> Mask:
         """The mask that a term of the scores is."""
-        return cls(term.node, (term.axes[0], *axes), tokens, term.inverted, term.factor)
+        return cls(term.node, axes, tokens, term.inverted, term.factor)
 
     @property
     def boolean(self) -> bool:

@@ -232,7 +232,7 @@ def heads_of(made: Upstream, features: Any) -> int | None:
 
 def _fewest(nodes: Iterable[fx.Node]) -> sympy.Expr:
     """The fewest elements on the way: heads are repeated behind that place, and split above it."""
-    found = None
+    found: sympy.Expr | None = None
     for node in nodes:
         count = elements(node)
         ratio = None if found is None else sympy.cancel(count / found)
