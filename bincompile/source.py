@@ -74,6 +74,7 @@ def call_factory(text: str) -> Any:
 
 
 def module_at(path: Path) -> Any:
+    """The module in a Python file; raises `ConfigError` if it is none."""
     name = f"bincompile_source_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

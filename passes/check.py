@@ -94,9 +94,7 @@ def _settled(program: Program, model: Callable[[list[Any]], list[Any]], example:
     Each is broken on purpose at two sizes that the model allows; it goes if the program follows
     the model there.
     """
-    sizes = _sizes(program, example)
-    draws = [dict(zip(sizes, draw, strict=True)) for draw in itertools.islice(
-        itertools.product(PROBED, repeat=len(sizes)), MOST_PROBED)]
+    draws = list(itertools.islice(_draws(_sizes(program, example)), MOST_PROBED))
     at_one = {text for text in program.signature.conditions if _only_at_one(text, draws)}
     own = tuple(text for text in program.signature.conditions if text not in at_one)
     doubtful = [*at_one, *doubtful]
@@ -123,6 +121,15 @@ def _settled(program: Program, model: Callable[[list[Any]], list[Any]], example:
     kept = tuple(text for text in doubtful if needed(text))
     signature = dataclasses.replace(program.signature, conditions=(*own, *kept))
     return dataclasses.replace(program, signature=signature)
+
+
+def _draws(sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """Sizes to break conditions at: first those at which what is equal in the example stays so."""
+    groups = tuple(dict.fromkeys(sizes.values()))
+    for draw in itertools.product(PROBED, repeat=len(groups)):
+        yield {name: draw[groups.index(size)] for name, size in sizes.items()}
+    for draw in itertools.product(PROBED, repeat=len(sizes)):
+        yield dict(zip(sizes, draw, strict=True))
 
 
 def _only_at_one(text: str, draws: Sequence[Mapping[str, int]]) -> bool:

@@ -108,7 +108,7 @@ def _mask_facets(added: Sequence[Mask], boolean: Sequence[Mask], known: Kept,
         "mask_form": "+".join(sorted(forms)) or None,
         "causal": kept.causal,
         "alignment": kept.corner,
-        "bias": biases,
+        "bias": biases or None,
     }
 
 

@@ -198,13 +198,25 @@ def in_double(arg: Any) -> Any:
     return arg
 
 
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any,
+               **kwargs: Any) -> torch.Tensor:
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"{key.shape[-2]} keys and {value.shape[-2]} values")
+    return aten.scaled_dot_product_attention.default(query, key, value, *args, **kwargs)
+
+
+# What torch runs at sizes that it should refuse: it reads behind the values.
+CHECKED = {aten.scaled_dot_product_attention.default: _attention}
+
+
 def run_nodes(nodes: list[fx.Node], env: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
     """Run nodes on real values in float64; `env` holds the values that they read."""
     for node in nodes:
         args = in_double(fx.node.map_arg(node.args, env.__getitem__))
         kwargs = {k: in_double(v)
                   for k, v in fx.node.map_arg(dict(node.kwargs), env.__getitem__).items()}
-        made = node.target(*args, **kwargs)  # a creation without a dtype is in torch's default
+        target = CHECKED.get(node.target, node.target)
+        made = target(*args, **kwargs)  # a creation without a dtype is in torch's default
         env[node] = made.double() if getattr(made, "dtype", None) in FLOATS else made
     return env
 

@@ -41,8 +41,9 @@ class Call:
     Example:
         >>> import torch
         >>> from bincompile.ops import OPERATORS
-        >>> arguments = {"table": torch.ones(4, 2), "indices": Dynamic(torch.tensor([1]))}
-        >>> call = Call(OPERATORS["embedding"], arguments, Target.host())
+        >>> embedding = OPERATORS["embedding"]
+        >>> arguments = embedding.bind((torch.ones(4, 2), Dynamic(torch.tensor([1]))), {})
+        >>> call = Call(embedding, arguments, Target.host())
         >>> choose(call).bind(call)(torch.tensor([3]))
         tensor([[1., 1.]])
     """

@@ -41,7 +41,7 @@ def check(core: spelled.Core, inputs: tuple[torch.Tensor, ...], expected: dict[s
 
 
 Kept = Callable[..., torch.Tensor]
-CAUSAL = {"mask": "causal", "causal": True, "window": None, "bias": 0}
+CAUSAL = {"mask": "causal", "causal": True, "window": None, "bias": None}
 OPAQUE = {"mask": "opaque", "causal": False, "window": None}
 
 BY_SIZES: dict[str, tuple[spelled.Core, dict[str, Any]]] = {
@@ -74,7 +74,7 @@ BY_SIZES: dict[str, tuple[spelled.Core, dict[str, Any]]] = {
     "long symmetric window": (hidden(lambda m, x: back(x).abs() <= 100000),
                               {"mask": "window", "window": (100000, 100000)}),
     "everything kept": (hidden(lambda m, x: back(x) < x.shape[1]),
-                        {"mask": "none", "mask_form": None, "bias": 0}),
+                        {"mask": "none", "mask_form": None, "bias": None}),
     "causal in short texts only": (hidden(lambda m, x: (back(x) >= 0) | (
         torch.arange(x.shape[1]) > 8)), OPAQUE),
     "causal but one off": (hidden(lambda m, x: back(x) >= -1), OPAQUE),

@@ -417,15 +417,14 @@ def scores(m, x, q, k):
 HAND: dict[str, tuple[Core, int | str]] = {
     "chunk": (by_chunk, 1), "unbind": (by_unbind, 1), "select": (by_select, 1),
     "einsum bnhd": (einsum_heads_last, 1), "einsum bmnh": (einsum_keys_first, 1),
-    "einsum hbij": (einsum_heads_first, 1), "einsum ...": (einsum_with_dots, "not over a product"),
+    "einsum hbij": (einsum_heads_first, 1), "einsum ...": (einsum_with_dots, 1),
     "grouped, expanded": (grouped(expanded), 1),
     "grouped, repeated": (grouped(lambda t: t.repeat_interleave(2, 1)), 1),
     "one key head": (one_key_head, 1), "head by head": (head_by_head, 4), "rotary": (rotary, 1),
     "normed": (on_heads(lambda m, x, q, k: m.norm(q) @ m.norm(k).mT), 1),
     "cosine": (on_heads(lambda m, x, q, k: functional.normalize(q, dim=-1)
                         @ functional.normalize(k, dim=-1).mT * m.slopes.exp()), 1),
-    "capped": (on_heads(lambda m, x, q, k: torch.tanh(scores(m, x, q, k) / 20) * 20),
-               "not over a product"),
+    "capped": (on_heads(lambda m, x, q, k: torch.tanh(scores(m, x, q, k) / 20) * 20), 1),
     "scale on k": (on_heads(lambda m, x, q, k: q @ (k * 8 ** -0.5).mT), 1),
     "scale on both": (on_heads(lambda m, x, q, k: (q * 0.5) @ (k.mT / 2)), 1),
     "temperature": (on_heads(lambda m, x, q, k: q @ k.mT / m.slopes), 1),
@@ -441,13 +440,13 @@ HAND: dict[str, tuple[Core, int | str]] = {
     "nested": (on_heads(lambda m, x, q, k: scores(m, x, q, k).masked_fill(
         ~near(x), -math.inf).masked_fill(distances(x) > 2, -math.inf)), 1),
     "nested with two fills": (on_heads(lambda m, x, q, k: scores(m, x, q, k).masked_fill(
-        ~near(x), -1e4).masked_fill(distances(x) > 2, -math.inf)), "two masks"),
+        ~near(x), -1e4).masked_fill(distances(x) > 2, -math.inf)), 1),
     "linear bias": (on_heads(lambda m, x, q, k: (
         scores(m, x, q, k) - distances(x).abs() * m.slopes).masked_fill(~near(x), -math.inf)), 1),
     "bias behind a mask": (on_heads(lambda m, x, q, k: scores(m, x, q, k).masked_fill(
         ~near(x), -math.inf) + distances(x).abs() * -m.slopes), 1),
     "bias behind a finite mask": (on_heads(lambda m, x, q, k: scores(m, x, q, k).masked_fill(
-        ~near(x), -1e4) - distances(x).abs() * m.slopes), "finite value"),
+        ~near(x), -1e4) - distances(x).abs() * m.slopes), 1),
     "two best": (on_heads(ranked), 1),
     "maximum subtracted": (on_heads(lambda m, x, q, k: scores(m, x, q, k) - scores(
         m, x, q, k).amax(-1, keepdim=True)), 1),
@@ -456,9 +455,9 @@ HAND: dict[str, tuple[Core, int | str]] = {
     "twice": (twice, 1), "values of weights": (values_of_weights, "from the probabilities"),
     "scores returned": (scores_returned, 1), "one tensor": (one_tensor, 1),
     "stored keys": (stored_keys, 1),
-    "weights masked": (weights_masked, "changes the probabilities"),
-    "a sink": (sink, "not over a product"), "channels": (channels, "over tokens"),
-    "a number added": (on_heads(lambda m, x, q, k: scores(m, x, q, k) + 3.0), "a number"),
+    "weights masked": (weights_masked, "multiplied"),
+    "a sink": (sink, 1), "channels": (channels, "over tokens"),
+    "a number added": (on_heads(lambda m, x, q, k: scores(m, x, q, k) + 3.0), 1),
     "rounded": (on_heads(lambda m, x, q, k: scores(m, x, q, k).half().float()), "rounded"),
 }
 

@@ -50,10 +50,13 @@ def _bind(call: Call) -> Callable[..., Any]:
     scale, fill, causal, masked_row, _, groups = (call.value(name) for name in _PLAIN)
     empty = torch.empty(0, dtype=call.value("query").dtype)
     repair = masked_row == "nan"
+    fused = scale > 0  # torch masks before it scales, and -inf turns round or becomes nan
     finite_fill = call.value("mask") is not None and fill not in (None, -math.inf)
 
     def attend(query, key, value, bias, mask, *_: Any):
-        kept = _kept(query, key, mask, causal and not (bias is None and mask is None))
+        if key.shape[-2] != value.shape[-2]:  # torch would read behind the values
+            call.operator.check(query, key, value, bias, mask, scale)
+        kept = _kept(query, key, mask, causal and not (fused and bias is None and mask is None))
         if finite_fill and not _fill_vanishes(query, key, bias, kept, scale, fill):
             return call.operator.reference(query, key, value, bias, mask, scale, fill, causal,
                                            masked_row, groups=groups)
