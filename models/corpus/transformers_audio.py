@@ -68,7 +68,7 @@ FAMILIES = (
            variants=("eager",), sizes=ONE_LENGTH, unusual=("relative terms, shifted",)),
     Family("wav2vec2_conformer-rotary", "Wav2Vec2ConformerModel",
            wave_like(position_embeddings_type="rotary"), WAVE, 2, variants=("eager",),
-           sizes=LONGER, unusual=("rope before the projection",), like="wav2vec2_conformer"),
+           sizes=ONE_LENGTH, unusual=("rope before the projection",), like="wav2vec2_conformer"),
     Family("wav2vec2_bert", "Wav2Vec2BertModel",
            {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2,
             "num_attention_heads": 4, "intermediate_size": 40, "feature_projection_input_dim": 8,

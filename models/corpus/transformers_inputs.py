@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +91,11 @@ def together(*parts: Inputs) -> Inputs:
         args = tuple(itertools.chain.from_iterable(args for args, _ in calls))
         return args, {name: value for _, named in calls for name, value in named.items()}
     return inputs
+
+
+def options(**given: Any) -> Inputs:
+    """Arguments that are the same at every size."""
+    return lambda batch, length: ((), given)
 
 
 def positional(part: Inputs) -> Inputs:
