@@ -34,6 +34,8 @@ from bincompile.record import Evidence
 LIMIT = 1e-9
 SEEDS = (0, 1, 2)
 FLOOR = 1e-3  # errors of smaller values are counted relative to this
+# Values are drawn in float32, at a quarter of the time, and moved off it, so that rounding shows.
+OFF_FLOAT32 = 1 + 2e-8
 ROWS = 64  # rows of a table or weight in a proof: no row depends on how many there are
 FACTORS = ("factor", "mix", "shift")  # roles that multiply scores: 1e4 there leaves no digits
 ROW_ROLES = ("table", "row_scale", "weight", "weight_scale", "bias")
@@ -307,7 +309,7 @@ def _draw(role: str, fake: Any, numbers: Assignment, generator: torch.Generator,
         return torch.rand(shape, generator=generator) > 0.4
     if not fake.dtype.is_floating_point:
         return torch.randint(2**31, shape, generator=generator).to(fake.dtype)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=generator).double() * OFF_FLOAT32
 
 
 def _fit_indices(values: Values, use: TableUse) -> None:
