@@ -68,6 +68,7 @@ SPELLINGS: dict[str, Read] = {
     "columns": lambda table, indices: table.t()[:, indices],
 }
 # Offsets that bring a spelling's indices to the edges of its table, and beyond them.
+FLOAT32_VECTORS = ("scattered", "identity", "compared")  # and each one-hot: a product with float32
 EDGES = (0, 1, ROWS - 1, ROWS, ROWS + 1, 4 * ROWS - 1, 4 * ROWS, -1, -ROWS, -ROWS - 1, -4 * ROWS,
          -4 * ROWS - 1)
 
@@ -100,11 +101,10 @@ def test_an_index_out_of_range_raises_where_the_model_raises(name: str) -> None:
     assert raised or name in ("compared", "take along")  # which take any
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("name", [name for name in SPELLINGS if name not in FLOAT32_VECTORS
+                                  and not name.startswith("one-hot")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_every_spelling_is_found_in_every_float_dtype(name: str, dtype: torch.dtype) -> None:
-    if name in ("scattered", "identity", "compared") or name.startswith("one-hot"):
-        pytest.skip("these vectors are float32")
     model = Table(SPELLINGS[name]).to(dtype).eval()
     indices = torch.tensor([3, 0, 5, 5])
     compiled = bc.optimize(model, (indices,))
