@@ -67,8 +67,8 @@ SPELLINGS: dict[str, Read] = {
     "take": lambda table, indices: torch.take(table[:, 0], indices),
     "columns": lambda table, indices: table.t()[:, indices],
 }
-# Offsets that bring a spelling's indices to the edges of its table, and beyond them.
 FLOAT32_VECTORS = ("scattered", "identity", "compared")  # and each one-hot: a product with float32
+# Offsets that bring a spelling's indices to the edges of its table, and beyond them.
 EDGES = (0, 1, ROWS - 1, ROWS, ROWS + 1, 4 * ROWS - 1, 4 * ROWS, -1, -ROWS, -ROWS - 1, -4 * ROWS,
          -4 * ROWS - 1)
 
