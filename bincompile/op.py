@@ -26,11 +26,19 @@ class Tolerance:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Arguments of one call; for a bad sample, `error` is a word of the message it must raise."""
+    """Arguments of one call.
+
+    Args:
+        args: positional arguments.
+        kwargs: named arguments.
+        error: for a bad sample, a word of the message that it must raise.
+        stored: places in a list of tensors of those that a model would store.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     error: str = ""
+    stored: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +57,8 @@ class Operator:
         backward: `(setup_context, backward)` where the operator trains.
         signs_of: of its bound arguments, the tensors whose signs it takes: where rounding before
             it may flip a bit.
+        doubtful_rows: of its bound arguments, a flag for each row in which a kernel that rounds
+            otherwise may take another sign; None where it can't.
         source: the paper or API where the method is from.
     """
 
@@ -62,6 +72,7 @@ class Operator:
     tolerance: Tolerance = Tolerance()
     backward: tuple[Callable[..., None], Callable[..., Any]] | None = None
     signs_of: Callable[[Mapping[str, Any]], list[torch.Tensor]] | None = None
+    doubtful_rows: Callable[[Mapping[str, Any]], torch.Tensor | None] | None = None
     source: str = ""
 
     def __post_init__(self) -> None:

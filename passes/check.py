@@ -304,7 +304,7 @@ def check_kernels(program: Program, executable: Executable, flat: Sequence[Any])
                 call = executable.calls[node.name]
                 args, kwargs = self.fetch_args_kwargs_from_env(node)
                 values = call.operator.bind(args, kwargs)
-                found = executable.bound[node.name](*(values[name] for name in call.dynamic))
+                found = executable.bound[node.name](*call.run_time(values))
                 _check_kernel(node.name, call.operator.tolerance, expected, found)
             return expected
 

@@ -87,8 +87,11 @@ def call_of(program: Program, node: fx.Node, target: Target) -> Call | None:
             return attribute(program.graph_module, value.target)
         return Dynamic(value.meta["val"])
 
+    def each(value: Any) -> Any:
+        return list(map(known, value)) if isinstance(value, list | tuple) else known(value)
+
     bound = operator.bind(node.args, dict(node.kwargs))
-    return Call(operator, {name: known(value) for name, value in bound.items()}, target)
+    return Call(operator, {name: each(value) for name, value in bound.items()}, target)
 
 
 def _compile(program: Program, calls: Mapping[str, Call],
@@ -103,7 +106,7 @@ def _compile(program: Program, calls: Mapping[str, Call],
             arguments = call.operator.bind(node.args, dict(node.kwargs))
             copies[node] = graph.create_node(
                 "call_function", _named(bound[node.name], node.name),
-                tuple(copies[arguments[name]] for name in call.dynamic), name=node.name)
+                tuple(map(copies.__getitem__, call.run_time(arguments))), name=node.name)
         else:
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.eliminate_dead_code(lambda node: node.op != "get_attr")

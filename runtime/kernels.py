@@ -9,14 +9,14 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from bincompile.config import Target
 from bincompile.errors import KernelError
-from bincompile.op import Operator
+from bincompile.op import Operator, Sample
 
 REFERENCE = "reference"
 
@@ -35,7 +35,7 @@ class Call:
     Args:
         operator: what is called.
         arguments: every argument by name: a stored tensor as itself, a run-time value as a
-            `Dynamic`, anything else as a plain value.
+            `Dynamic`, a list of tensors as a list of both, anything else as a plain value.
         target: the machine that it is to run on.
 
     Example:
@@ -54,24 +54,36 @@ class Call:
 
     @property
     def dynamic(self) -> tuple[str, ...]:
-        """Names of the run-time arguments, in the order in which a bound kernel takes them."""
-        return tuple(name for name in self.operator.arguments
-                     if isinstance(self.arguments[name], Dynamic))
+        """Names of the arguments that are known, or of which a part is known, only at run time."""
+        return tuple(name for name in self.operator.arguments if not self.is_stored(name))
 
     def value(self, name: str) -> Any:
         """The argument, or for a run-time one the value that has its dtype and shape."""
-        argument = self.arguments[name]
-        return argument.value if isinstance(argument, Dynamic) else argument
+        return _each(lambda part: part.value if isinstance(part, Dynamic) else part,
+                     self.arguments[name])
 
     def is_stored(self, name: str) -> bool:
-        """Whether the argument is known now (a stored tensor, a plain value, or None)."""
-        return not isinstance(self.arguments[name], Dynamic)
+        """Whether the argument is known now (stored tensors, a plain value, or None)."""
+        return not any(isinstance(part, Dynamic) for part in parts_of(self.arguments[name]))
+
+    def run_time(self, given: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Of all arguments of a call those of run time, lists taken apart, as a kernel takes them.
+
+        Args:
+            given: every argument by name.
+        """
+        return tuple(
+            value for name in self.dynamic
+            for known, value in zip(parts_of(self.arguments[name]), parts_of(given[name]),
+                                    strict=True) if isinstance(known, Dynamic))
 
     def partial(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` of all arguments in order, as a function of the run-time ones only."""
-        names = self.operator.arguments
-        template = [self.arguments[name] for name in names]
-        places = [names.index(name) for name in self.dynamic]
+        """`function` of all arguments in order, as a function of the run-time values only."""
+        template = [self.arguments[name] for name in self.operator.arguments]
+        if any(isinstance(argument, list | tuple) and not self.is_stored(name)
+               for name, argument in self.arguments.items()):
+            return _with_lists(template, function)
+        places = [self.operator.arguments.index(name) for name in self.dynamic]
 
         def run(*values: Any) -> Any:
             arguments = template.copy()
@@ -80,6 +92,42 @@ class Call:
             return function(*arguments)
 
         return run
+
+
+def parts_of(argument: Any) -> tuple[Any, ...]:
+    """The elements of an argument that is a list, else the argument itself, alone."""
+    return tuple(argument) if isinstance(argument, list | tuple) else (argument,)
+
+
+def sample_call(operator: Operator, sample: Sample, target: Target,
+                stored: Collection[str]) -> Call:
+    """The call of a sample; `stored` names the tensors that a model would store.
+
+    Of a list of tensors those at the places `sample.stored` are stored.
+    """
+    def known(name: str, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [v if place in sample.stored or not isinstance(v, torch.Tensor) else Dynamic(v)
+                    for place, v in enumerate(value)]
+        return Dynamic(value) if isinstance(value, torch.Tensor) and name not in stored else value
+
+    given = operator.bind(sample.args, sample.kwargs)
+    return Call(operator, {name: known(name, value) for name, value in given.items()}, target)
+
+
+def _each(change: Callable[[Any], Any], argument: Any) -> Any:
+    if isinstance(argument, list | tuple):
+        return type(argument)(map(change, argument))
+    return change(argument)
+
+
+def _with_lists(template: list[Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*values: Any) -> Any:
+        rest = iter(values)
+        return function(*(_each(lambda part: next(rest) if isinstance(part, Dynamic) else part,
+                                argument) for argument in template))
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +139,8 @@ class Kernel:
         operator: name of the operator.
         supports: None if it can run the call, else the reason why not.
         bind: does all work that is needed once, and returns a function of the call's run-time
-            arguments, in order, that returns the operator's result.
+            values, in order and with lists taken apart, that returns the operator's result:
+            a plain function, or a `Bound` whose results may be put into planned memory.
         priority: kernels are tried from the highest to the lowest.
     """
 
@@ -145,7 +194,7 @@ def host_reason(call: Call) -> str | None:
     if call.target.kind != "cpu":
         return f"the target is {call.target}"
     for name in call.operator.arguments:
-        value = call.value(name)
-        if isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta"):
-            return f"{name} is on {value.device}"
+        for value in parts_of(call.value(name)):
+            if isinstance(value, torch.Tensor) and value.device.type not in ("cpu", "meta"):
+                return f"{name} is on {value.device}"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,7 +17,8 @@ from bincompile.errors import InputError, KernelError
 from bincompile.op import Operator, Sample
 from bincompile.ops import OPERATORS, bits
 from bincompile.program import Program
-from bincompile.runtime import Call, Dynamic, bind, choose, explain, kernels_of
+from bincompile.runtime import Call, bind, choose, explain, kernels_of
+from bincompile.runtime.kernels import sample_call
 from bincompile.runtime.library import tvm_binary_embedding, tvm_w1a1_linear, tvm_w1a32_linear
 from bincompile.runtime.schedules import common
 from bincompile.signature import InputSpec, Signature
@@ -38,16 +40,18 @@ def samples() -> list[Any]:
 def call_of(operator: Operator, sample: Sample, target: Target = HOST,
             stored: tuple[str, ...] = STORED) -> Call:
     """A call whose stored tensors are those that a model would store."""
-    given = operator.bind(sample.args, sample.kwargs)
     kept = stored if operator.name != "attention" else ()
-    return Call(operator, {name: Dynamic(value) if isinstance(value, torch.Tensor)
-                           and name not in kept else value for name, value in given.items()},
-                target)
+    sample = sample if stored else dataclasses.replace(sample, stored=())
+    return sample_call(operator, sample, target, kept)
 
 
 def run(kernel: Any, call: Call) -> tuple[torch.Tensor, ...]:
-    result = kernel.bind(call)(*(call.value(name) for name in call.dynamic))
-    return result if isinstance(result, tuple) else (result,)
+    values = {name: call.value(name) for name in call.operator.arguments}
+    return flat(kernel.bind(call)(*call.run_time(values)))
+
+
+def flat(result: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
 def linear_call(features: int, outputs: int, target: Target = HOST, **options: Any) -> Call:
@@ -72,8 +76,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_every_kernel_that_accepts_a_sample_agrees_with_the_reference(
         operator: Operator, sample: Sample, stored: tuple[str, ...]) -> None:
     call = call_of(operator, sample, HOST, stored)
-    expected = operator.overload(*sample.args, **sample.kwargs)
-    expected = expected if isinstance(expected, tuple) else (expected,)
+    expected = flat(operator.overload(*sample.args, **sample.kwargs))
     limit = operator.tolerance
     accepting = [k for k in kernels_of(operator.name) if k.supports(call) is None]
     assert accepting[-1].name == "reference"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
 from bincompile.errors import BincompileError
 from bincompile.op import Operator, Sample
@@ -29,11 +30,13 @@ def samples(bad: bool = False) -> list[Any]:
 
 
 def flat(result: Any) -> tuple[torch.Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
 def wide(value: Any) -> Any:
-    """A float tensor in float64; anything else as it is."""
+    """A float tensor in float64, also within a list; anything else as it is."""
+    if isinstance(value, list):
+        return [wide(v) for v in value]
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.detach().double()
     return value
@@ -51,7 +54,7 @@ def test_opcheck_passes(operator: Operator, sample: Sample) -> None:
 def test_the_fake_kernel_gives_the_shapes_of_the_reference(
         operator: Operator, sample: Sample) -> None:
     given = operator.bind(sample.args, sample.kwargs).values()
-    meta = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in given]
+    meta = [pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), v) for v in given]
     found, expected = flat(operator.shape(*meta)), flat(operator.reference(*given))
     assert ([(f.shape, f.dtype) for f in found] == [(e.shape, e.dtype) for e in expected])
 
@@ -233,10 +236,35 @@ def pack_signs(x):
     return sum(flags[..., bit::8] << bit for bit in range(8))
 
 
+def fused_rows(inputs, body):
+    """A body as Python runs it, its operations row by row."""
+    def shifted(x):
+        return (x - x.amax(-1, keepdim=True)).exp()
+
+    def norm(x, weight, bias, eps):
+        middle = x - x.sum(-1, keepdim=True) / x.shape[-1]
+        spread = (middle ** 2).sum(-1, keepdim=True) / x.shape[-1]
+        return middle / (spread + eps) ** 0.5 * weight + bias
+
+    scope = {
+        "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b,
+        "gelu": lambda x, kind: x * 0.5 * (1 + (x / 2 ** 0.5).erf()), "gt": lambda a, b: a > b,
+        "silu": lambda x: x / (1 + (-x).exp()), "amax": lambda x: x.max(-1, keepdim=True)[0],
+        "softmax": lambda x: shifted(x) / shifted(x).sum(-1, keepdim=True),
+        "relu": lambda x: torch.where(x.isnan() | (x > 0), x, 0.0), "layer_norm": norm,
+        "rms_norm": lambda x, w, eps: x / ((x ** 2).mean(-1, keepdim=True) + eps) ** 0.5 * w,
+        "clamp": lambda x, low, high: torch.where(x < low, low, x), "where": torch.where,
+        "embedding": embedding, "binary_embedding": binary_embedding,
+        "binary_linear": binary_linear} | {f"x{i}": x for i, x in enumerate(inputs)}
+    *lines, last = body.splitlines()
+    exec("\n".join(lines), scope)
+    return [scope[name.strip()] for name in last.removeprefix("return").split(",")]
+
+
 FORMULAS = {f.__name__: f for f in (
     attention, binary_attention, binary_embedding, binary_embedding_bag, binary_linear, embedding,
     embedding_bag, fake_binary_linear, fake_binary_rows, fake_bitorch_linear, fake_signs,
-    pack_bases, pack_signs)}
+    fused_rows, pack_bases, pack_signs)}
 
 
 def test_every_operator_has_an_independent_formula() -> None:
