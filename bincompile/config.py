@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bincompile.errors import ConfigError
 
@@ -118,14 +118,34 @@ class Continual:
                           "the continual= argument of optimize")
 
 
-# The instruction sets that kernels are compiled for, best first: name, LLVM's name of the
-# processor, and the features of the host (as /proc/cpuinfo spells them) that it needs.
-INSTRUCTION_SETS = (
-    ("avx512-vpopcntdq", "icelake-server",
-     ("avx512f", "avx512bw", "avx512vl", "avx512_vpopcntdq", "avx512_vnni", "avx512vbmi",
-      "avx512_vbmi2", "avx512_bitalg", "avx512ifma", "gfni", "vaes", "vpclmulqdq")),
-    ("avx2", "x86-64-v3", ("avx2", "bmi2", "fma", "popcnt")),
-    ("x86-64", "x86-64-v2", ("popcnt", "ssse3")),
+class InstructionSet(NamedTuple):
+    """What kernels can be compiled for.
+
+    Args:
+        name: as `Target.isa` has it.
+        processor: LLVM's name of a processor.
+        needs: features of the host, as /proc/cpuinfo spells them.
+        triple: LLVM's name of machine and system.
+        adds: what LLVM may use beyond that processor.
+    """
+
+    name: str
+    processor: str
+    needs: tuple[str, ...]
+    triple: str = "x86_64-linux-gnu"
+    adds: tuple[str, ...] = ()
+
+
+INSTRUCTION_SETS = (  # of one machine, best first
+    InstructionSet(
+        "avx512-vpopcntdq", "icelake-server",
+        ("avx512f", "avx512bw", "avx512vl", "avx512_vpopcntdq", "avx512_vnni", "avx512vbmi",
+         "avx512_vbmi2", "avx512_bitalg", "avx512ifma", "gfni", "vaes", "vpclmulqdq")),
+    InstructionSet("avx2", "x86-64-v3", ("avx2", "bmi2", "fma", "popcnt")),
+    InstructionSet("x86-64", "x86-64-v2", ("popcnt", "ssse3", "sse4_1", "sse4_2")),
+    InstructionSet("neon-dotprod", "generic", ("asimd", "asimddp"), "aarch64-linux-gnu",
+                   ("+neon", "+dotprod")),
+    InstructionSet("neon", "generic", ("asimd",), "aarch64-linux-gnu", ("+neon",)),
 )
 
 
@@ -151,11 +171,20 @@ class Target:
         if self.kind not in ("cpu", "cuda"):
             raise ConfigError(f"target kind {self.kind!r}", "'cpu' or 'cuda'",
                               "the target= argument of optimize")
+        if self.isa and self.instructions is None:
+            raise ConfigError(f"instruction set {self.isa!r}",
+                              ", ".join(found.name for found in INSTRUCTION_SETS),
+                              "the target= argument of optimize")
+
+    @property
+    def instructions(self) -> InstructionSet | None:
+        """What `isa` names; None where it names nothing."""
+        return next((found for found in INSTRUCTION_SETS if found.name == self.isa), None)
 
     @property
     def processor(self) -> str:
         """LLVM's name of the processor of `isa`."""
-        return next((cpu for name, cpu, _ in INSTRUCTION_SETS if name == self.isa), "")
+        return self.instructions.processor if self.instructions else ""
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.isa}" if self.isa else self.kind
@@ -163,37 +192,50 @@ class Target:
     @classmethod
     def host(cls) -> Target:
         """This machine; `BINCOMPILE_ISA` chooses a lesser instruction set for tests."""
-        features = _host_features()
-        usable = [name for name, _, needs in INSTRUCTION_SETS if set(needs) <= features]
+        features, usable = host_instruction_sets()
         wanted = os.environ.get("BINCOMPILE_ISA")
         if wanted is not None and wanted != "none" and wanted not in usable:
             raise ConfigError(f"BINCOMPILE_ISA={wanted!r}", f"one of {[*usable, 'none']}",
                               "the environment variable BINCOMPILE_ISA")
         isa = "" if wanted == "none" else wanted or (usable[0] if usable else "")
-        return cls("cpu", isa, tuple(sorted(features)))
+        return cls("cpu", isa, features)
 
     @classmethod
     def of(cls, value: Target | str | None) -> Target:
-        """`target=` of `optimize`: None for this host, `"cpu"`, `"cuda"`, or a `Target`."""
+        """`target=` of `optimize`: None for this host, `"cpu"`, `"cpu:avx2"`, or a `Target`."""
         if value is None or value == "cpu":
             return cls.host()
         if isinstance(value, cls):
             return value
-        if isinstance(value, str):
-            return cls(value)
-        raise ConfigError(f"target={value!r}", "None, 'cpu', 'cuda' or bc.Target(...)",
-                          "the target= argument of optimize")
+        if not isinstance(value, str):
+            raise ConfigError(f"target={value!r}",
+                              "None, 'cpu', 'cpu:<instruction set>', 'cuda' or bc.Target(...)",
+                              "the target= argument of optimize")
+        kind, _, isa = value.partition(":")
+        features, usable = host_instruction_sets()
+        if isa and (kind != "cpu" or isa not in usable):
+            raise ConfigError(f"target={value!r}",
+                              f"on this machine {', '.join(f'cpu:{name}' for name in usable)}",
+                              "the target= argument of optimize")
+        return cls(kind, isa, features if kind == "cpu" else ())
+
+
+def host_instruction_sets() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The host's features, and the instruction sets that it can run, best first."""
+    features = _host_features()
+    usable = tuple(found.name for found in INSTRUCTION_SETS if set(found.needs) <= features)
+    return tuple(sorted(features)), usable
 
 
 def _host_features() -> set[str]:
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return set()
+    label = {"x86_64": "flags", "amd64": "flags", "aarch64": "Features"}.get(
+        platform.machine().lower())
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if label else []
     except OSError:
         return set()
     return next((set(line.split(":", 1)[1].split()) for line in lines
-                 if line.startswith("flags")), set())
+                 if line.split(":")[0].strip() == label), set())
 
 
 def cache_dir() -> Path:

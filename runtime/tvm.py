@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bincompile.config import Target, cache_dir
+from bincompile.config import INSTRUCTION_SETS, Target, cache_dir
 from bincompile.errors import KernelError
 from bincompile.runtime import native
 from bincompile.runtime.cache import cached, digest, is_intact
@@ -33,7 +33,7 @@ class Recipe:
 
     def file_name(self, target: Target) -> str:
         """The name of the compiled library: a hash of everything that it depends on."""
-        key = digest(_sources(self.schedule), _tools(), target.processor,
+        key = digest(_sources(self.schedule), _tools(), repr(target.instructions),
                      *(f"{name}={value!r}" for name, value in sorted(self.parameters.items())))
         return f"{self.schedule}-{key}.so"
 
@@ -126,11 +126,22 @@ def _compile(recipe: Recipe, target: Target) -> Any:
 
     schedule = importlib.import_module(f"{_SCHEDULES}.{recipe.schedule}")
     try:
-        return tvm.compile(schedule.build(**recipe.parameters),
-                           target=tvm.target.Target({"kind": "llvm", "mcpu": target.processor}))
+        return tvm.compile(schedule.build(**recipe.parameters), target=llvm_target(target))
     except Exception as error:
         raise KernelError(f"TVM failed on {recipe}: {error}", "a schedule that TVM compiles",
                           f"run with another kernel, and report this with {target}") from error
+
+
+def llvm_target(target: Target) -> Any:
+    """The target as TVM's LLVM code generator takes it."""
+    import tvm
+
+    isa = target.instructions
+    if isa is None:
+        raise KernelError(f"no instruction set: the target is {target}",
+                          ", ".join(found.name for found in INSTRUCTION_SETS), "the target")
+    options = {"kind": "llvm", "mtriple": isa.triple, "mcpu": isa.processor}
+    return tvm.target.Target(options | ({"mattr": list(isa.adds)} if isa.adds else {}))
 
 
 def _export(recipe: Recipe, target: Target, path: Path) -> None:

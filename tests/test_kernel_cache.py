@@ -169,7 +169,7 @@ def test_a_compiler_that_fails_is_reported(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_key_changes_with_what_the_kernel_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    targets = [Target("cpu", name) for name, _, _ in INSTRUCTION_SETS]
+    targets = [Target("cpu", isa.name) for isa in INSTRUCTION_SETS]
     names = {tvm.Recipe(schedule, {"features": f, "outputs": 8}).file_name(target)
              for schedule in ("w1a1_linear", "w1a32_linear") for f in (8, 16) for target in targets}
     assert len(names) == 4 * len(targets)

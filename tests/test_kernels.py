@@ -24,8 +24,8 @@ from bincompile.runtime.schedules import common
 from bincompile.signature import InputSpec, Signature
 
 HOST = Target.host()
-USABLE = [Target("cpu", name, HOST.features) for name, _, needs in INSTRUCTION_SETS
-          if set(needs) <= set(HOST.features)]
+USABLE = [Target("cpu", isa.name, HOST.features) for isa in INSTRUCTION_SETS
+          if set(isa.needs) <= set(HOST.features)]
 STORED = ("weight", "weight_scale", "bias", "shift", "activation_scale", "table", "row_scale")
 ODD = (1, 2, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 128, 129, 255, 256, 257)
 
