@@ -17,6 +17,7 @@ import torch
 from bincompile.config import Target
 from bincompile.errors import KernelError
 from bincompile.op import Operator, Sample
+from bincompile.runtime.bound import Bound as Bound
 
 REFERENCE = "reference"
 
