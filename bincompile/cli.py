@@ -215,21 +215,22 @@ def _verify(options: argparse.Namespace) -> Outcome:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", default="kernels", metavar="SUITE | MODEL | FILE.bcz",
-                        help="kernels (default), layers, validate, import or match; or a model "
-                             "to time as it is and compiled; or a saved one")
+                        help="kernels (default), layers, models, embedding, calls, targets, "
+                             "validate, import or match; or a model to time as it is and "
+                             "compiled; or a saved one")
     parser.add_argument("--threads", type=_positive, nargs="+", default=[1, 2], metavar="N",
                         help="numbers of threads to measure with (default: 1 2)")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME",
-                        help="of match: beginnings of names of cases, such as torch or "
-                             "transformers/bert, and times (default: all)")
+                        help="beginnings of names of cases, such as w1a1 of kernels or "
+                             "transformers/bert of match (default: all)")
 
 
 def _bench(options: argparse.Namespace) -> Outcome:
     from bincompile import bench, bench_model
 
-    if options.what in bench.SUITES:
+    if options.what in bench.NAMES:
         result = bench.run(options.what, options.threads, options.only)
-        return Outcome(result, bench.table(result))
+        return Outcome(result, bench.table(result), not bench.failed(result))
     result = bench_model.run(options.what, options.threads)
     return Outcome(result, bench_model.text(result))
 

@@ -1,4 +1,4 @@
-"""The speed suites: what they measure, how they print, and how they fail."""
+"""The frame of the speed suites: processes, tables, and how they fail."""
 
 from __future__ import annotations
 
@@ -9,21 +9,14 @@ from torch import nn
 from bincompile import bench, bench_match
 from bincompile.errors import ConfigError, KernelError
 from bincompile.models.corpus import Case
+from bincompile.suites import costs
+from bincompile.suites import rows as parts
+from bincompile.suites.rows import Row
 
 
-def test_the_kernel_suite_times_ours_and_both_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "LINEAR_SIZES", ((64, 80),))
-    monkeypatch.setattr(bench, "LINEAR_ROWS", (3, 1))
-    rows = list(bench._kernels())
-    assert [row["case"] for row in rows] == ["linear 64 -> 80, 3 rows", "linear 64 -> 80, 1 rows"]
-    for row in rows:
-        assert set(row["ms"]) == {"bincompile", "float32", "int8"} and row["threads"] == 1
-        for peer, ratio in row["speedup"].items():
-            assert ratio == pytest.approx(row["ms"][peer] / row["ms"]["bincompile"])
-
-
-def test_the_import_is_cheap() -> None:
-    (row,) = bench._import(processes=3)
+def test_the_import_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "PROCESSES", 3)
+    (row,) = (row for case in costs.imports() for row in case.measure())
     assert 0 < row["ms"]["bincompile"] <= 300
 
 
@@ -31,7 +24,7 @@ def test_every_thread_count_has_a_process_of_its_own(monkeypatch: pytest.MonkeyP
     before = torch.get_num_threads()
     seen: list[int] = []
 
-    def process(suite: str, threads: int) -> list[bench.Row]:
+    def process(suite: str, threads: int) -> list[Row]:
         seen.append(threads)
         return [{"case": suite, "threads": threads, "ms": {"bincompile": 1.0}, "speedup": {}}]
 
@@ -39,16 +32,35 @@ def test_every_thread_count_has_a_process_of_its_own(monkeypatch: pytest.MonkeyP
     result = bench.run("layers", [1, 2])
     assert seen == [1, 2] and torch.get_num_threads() == before
     assert [row["threads"] for row in result["rows"]] == [1, 2]
+    assert result["machine"]["torch"] == torch.__version__
 
 
 def test_a_table_has_a_line_for_each_case_and_a_dash_for_what_was_not_measured() -> None:
     rows = [{"case": "a", "threads": 1, "ms": {"bincompile": 0.5, "eager": 4.0},
-             "speedup": {"eager": 8.0}},
-            {"case": "b", "threads": 2, "ms": {"bincompile": 0.25}, "speedup": {}}]
-    lines = bench.table({"suite": "layers", "load": 0.25, "rows": rows}).splitlines()
+             "speedup": {"eager": 8.0}, "share": {"peak": 0.5}, "values": {"bytes": 12}},
+            {"case": "b", "threads": 2, "ms": {"bincompile": 0.25}, "speedup": {}},
+            {"case": "c", "threads": 1, "ms": {}, "speedup": {}, "error": "KernelError: why"}]
+    result = {"suite": "layers", "load": 0.25, "rows": rows}
+    lines = bench.table(result).splitlines()
     assert "layers" in lines[0] and "0.2" in lines[0] and "x eager" in lines[1]
-    assert lines[2].split() == ["a", "1", "0.500", "4.000", "8.0"]
-    assert lines[3].split() == ["b", "2", "0.250", "-", "-"]
+    assert lines[2].split() == ["a", "1", "0.500", "4.000", "8.00", "50.0%", "12"]
+    assert lines[3].split() == ["b", "2", "0.250", "-", "-", "-", "-"]
+    assert lines[4] == "c failed: KernelError: why" and bench.failed(result) == ["c"]
+
+
+def test_a_case_that_fails_hides_no_other(monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    def fails():
+        raise KernelError("no kernel", "one", "that")
+        yield {}
+
+    cases = [parts.Case("one fails", fails),
+             parts.Case("two", lambda: iter([parts.row("two", {"bincompile": 1.0})])),
+             parts.Case("three", lambda: iter([parts.row("three", {"bincompile": 1.0})]))]
+    monkeypatch.setitem(bench.SUITES, "kernels", lambda: cases)
+    first, second = bench._measured("kernels", ["one", "tw"])
+    assert "no kernel" in first["error"] and second["case"] == "two" and "error" not in second
+    assert "KernelError" in capsys.readouterr().err
 
 
 class Plain(nn.Module):
@@ -87,12 +99,13 @@ def test_the_match_suite_counts_ours_and_torchs(monkeypatch: pytest.MonkeyPatch)
     assert len(shown) == 5 and "found: 1/1 (100.0 %)" in shown[4]
     with pytest.raises(ConfigError, match="begins with nothing"):
         list(bench_match.rows("nothing"))
-    with pytest.raises(ConfigError, match="parts of 'match'"):
-        bench.run("kernels", [1], ["written"])
 
 
-def test_an_unknown_suite_and_a_process_that_fails_are_errors() -> None:
+def test_an_unknown_suite_or_case_and_a_process_that_fails_are_errors() -> None:
     with pytest.raises(ConfigError, match="kernels, layers"):
         bench.run("everything", [1])
-    with pytest.raises(KernelError, match="measuring 'kernels' failed"):
-        bench.run("kernels", [0])
+    for suite in ("kernels", "targets"):
+        with pytest.raises(ConfigError, match="no case begins"):
+            bench.run(suite, [1], ["nothing"])
+    with pytest.raises(KernelError, match="measuring 'validate' failed"):
+        bench.run("validate", [0])

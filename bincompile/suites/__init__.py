@@ -1,0 +1,1 @@
+"""What `bincompile bench` measures: one file for each suite, and what they share."""

@@ -1,0 +1,89 @@
+"""Suite `kernels`: one operator each, compiled, against torch's float form of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bincompile.api import optimize
+from bincompile.compiled import CompiledModel
+from bincompile.config import Binary
+from bincompile.nn import BinaryLinear
+from bincompile.ops.binary_attention import VALUES, binary_attention
+from bincompile.suites import limits
+from bincompile.suites.peers import peers
+from bincompile.suites.rows import EAGER, KERNEL, OURS, Case, Row, row, timed, times_of
+
+SIZES, ROWS = (768, 4096), (512, 1)
+HEADS, HEAD_DIM, LENGTHS = 12, 64, (128, 512, 1024)
+
+
+def cases() -> list[Case]:
+    """Limits of the machine, linears of each precision, and attention cores."""
+    linears = [Case(f"w1a1 {size} -> {size}, {_rows(rows)}", partial(_w1a1, size, rows))
+               for size in SIZES for rows in ROWS]
+    linears += [Case(f"w1a32 {size} -> {size}, {_rows(rows)}", partial(_w1a32, size, rows))
+                for size in SIZES for rows in ROWS]
+    cores = [Case(f"attention core, {length} tokens", partial(_core, length))
+             for length in LENGTHS]
+    return [*limits.cases(), *linears, *cores]
+
+
+def _rows(rows: int) -> str:
+    return f"{rows} row{'s' if rows > 1 else ''}"
+
+
+def bare(compiled: CompiledModel) -> Callable[..., Any]:
+    """The one kernel of a compiled model, without the model around it."""
+    (kernel,) = compiled.executable.bound.values()
+    return kernel
+
+
+def _w1a1(size: int, rows: int) -> Iterator[Row]:
+    """Beside the float linears: the same kernel without the model's call, and the peak."""
+    x = torch.randn(rows, size)
+    compiled = optimize(BinaryLinear(size, size, bias=True).eval(), (torch.randn(4, size),))
+    floats = peers(nn.Linear(size, size).eval(), x, inductor=False)
+    times = times_of({OURS: partial(compiled, x), KERNEL: partial(bare(compiled), x), **floats,
+                      **limits.at_peak(rows * size * size)})
+    yield row(f"w1a1 {size} -> {size}, {_rows(rows)}", times,
+              values={"kernel_speedup": times[EAGER] / times[KERNEL]})
+
+
+def _w1a32(size: int, rows: int) -> Iterator[Row]:
+    x, plain = torch.randn(rows, size), nn.Linear(size, size).eval()
+    compiled = optimize(plain, (torch.randn(4, size),), binary=Binary("w1a32"), guard=None)
+    yield timed(f"w1a32 {size} -> {size}, {_rows(rows)}",
+                {OURS: partial(compiled, x), **peers(plain, x, inductor=False)})
+
+
+class _Core(nn.Module):
+    """Attention of 1-bit queries and keys."""
+
+    def __init__(self, values: str, probabilities: str) -> None:
+        super().__init__()
+        self.values, self.probabilities = values, probabilities
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return binary_attention.overload(q, k, v, None, None, None, None, HEAD_DIM ** -0.5, False,
+                                         self.probabilities, self.values)[0]
+
+
+def _core(length: int) -> Iterator[Row]:
+    """Heads are views of (batch, tokens, features), as projections give them."""
+    inputs = tuple(torch.randn(1, length, HEADS * HEAD_DIM).unflatten(-1, (HEADS, -1))
+                   .transpose(1, 2) for _ in range(3))
+    candidates: dict[str, Callable[[], Any]] = {EAGER: partial(F.scaled_dot_product_attention,
+                                                               *inputs)}
+    for values in VALUES:
+        core = _Core(values, "int8" if values == "binary" else "float").eval()
+        candidates[values] = partial(optimize(core, inputs), *inputs)
+    times = times_of(candidates)
+    for values in VALUES:
+        yield row(f"attention core, {length} tokens, {values} values", times, ours=values,
+                  others=set(VALUES) - {values})
