@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-Size = tuple[tuple[int, ...], torch.dtype]  # sizes and dtype of one result
+from bincompile.runtime.fresh import fresh
 
-_CPU = torch.device("cpu")
+Size = tuple[tuple[int, ...], torch.dtype]  # sizes and dtype of one result
 
 
 class Bound:
@@ -46,5 +46,4 @@ class Bound:
 
     def fresh(self, *values: Any) -> tuple[torch.Tensor, ...]:
         """Tensors that `into` may write the results of these values to."""
-        return tuple(torch.empty(size, dtype=dtype, device=_CPU)
-                     for size, dtype in self.shape(*values))
+        return tuple(fresh(size, dtype) for size, dtype in self.shape(*values))

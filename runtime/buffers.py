@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 
 from bincompile.runtime.bound import Bound, Size
+from bincompile.runtime.fresh import LARGE, contiguous, fresh, large
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector
 MOST_LAYOUTS = 32  # tuples of sizes whose layout is kept
@@ -30,12 +31,14 @@ class Layout:
 
     Args:
         places: offset, size and dtype of each result inside, in the order of the program.
-        given: size, strides and dtype of each result that the caller gets.
+        given: of each result that the caller gets, the function that makes it, size, strides and
+            dtype.
         nbytes: memory that the results inside need together.
     """
 
     places: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
-    given: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+    given: tuple[tuple[Callable[..., torch.Tensor], tuple[int, ...], tuple[int, ...],
+                       torch.dtype], ...]
     nbytes: int
 
     @classmethod
@@ -53,7 +56,8 @@ class Layout:
         offsets, total = _placed([_nbytes(size) for size, _ in inside],
                                  [life for _, life in inside])
         places = tuple((offset, *size) for offset, (size, _) in zip(offsets, inside, strict=True))
-        given = tuple((tuple(shape), _strides(shape), dtype) for (shape, dtype), life
+        given = tuple((large if _nbytes((shape, dtype)) >= LARGE else torch.empty_strided,
+                       shape, contiguous(shape), dtype) for (shape, dtype), life
                       in zip(sizes, lifetimes, strict=True) if life is None)
         return cls(places, given, total)
 
@@ -78,14 +82,6 @@ def _placed(sizes: Sequence[int], lifetimes: Sequence[tuple[int, int]]) -> tuple
 def _nbytes(size: Size) -> int:
     shape, dtype = size
     return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-
-
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, step = list[int](), 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
 
 
 class Arena:
@@ -113,7 +109,7 @@ class Arena:
             if self._memory.nbytes < layout.nbytes or len(self._views) == MOST_LAYOUTS:
                 self._views.clear()
             if self._memory.nbytes < layout.nbytes:
-                self._memory = torch.empty(layout.nbytes, dtype=torch.uint8, device="cpu")
+                self._memory = fresh((layout.nbytes,), torch.uint8)
             self._views[layout] = tuple(self._view(*place) for place in layout.places)
         return self._views[layout]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def lifetimes(graph: fx.Graph, places: Mapping[fx.Node, int]) -> list[Lifetime]:
     """
     firsts: list[int] = []
     lasts: list[int | None] = []
-    inside: dict[fx.Node, Collection[int]] = {}  # the results whose memory a value may share
+    inside: dict[fx.Node, Sequence[int]] = {}  # the results whose memory a value may share
     for step, node in enumerate(graph.nodes):
         read = {index for source in node.all_input_nodes for index in inside[source]}
         for index in read:
@@ -71,7 +71,7 @@ def lifetimes(graph: fx.Graph, places: Mapping[fx.Node, int]) -> list[Lifetime]:
         elif node.target is operator.getitem and node.args[0] in places:
             inside[node] = (inside[node.args[0]][node.args[1]],)
         else:
-            inside[node] = read if _may_share(node.target) else ()
+            inside[node] = tuple(read) if _may_share(node.target) else ()
     return [None if last is None else (first, last)
             for first, last in zip(firsts, lasts, strict=True)]
 

@@ -54,8 +54,7 @@ class _Writer:
         self.memory = memory
         self.scope: dict[str, Any] = {
             "layouts": memory.layouts, "keep": memory.keep, "take": memory.take,
-            "give": memory.give, "recorded": recorded, "empty": torch.empty_strided,
-            "cpu": torch.device("cpu")}
+            "give": memory.give, "recorded": recorded, "cpu": torch.device("cpu")}
         self.names = {node: f"v{index}" for index, node in enumerate(module.graph.nodes)}
         self.inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
         self.last = {source: node for node in module.graph.nodes
@@ -78,9 +77,9 @@ class _Writer:
                  "if layout is None:",
                  f"    return first({', '.join(map(self.names.__getitem__, self.inputs))})"]
         if given:
-            sizes = "".join(f"({b}_size, {b}_strides, {b}_dtype), " for b in given)
+            sizes = "".join(f"({b}_make, {b}_size, {b}_strides, {b}_dtype), " for b in given)
             lines.append(f"{sizes}= layout.given")
-        lines += [f"{b} = empty({b}_size, {b}_strides, dtype={b}_dtype, device=cpu)"
+        lines += [f"{b} = {b}_make({b}_size, {b}_strides, dtype={b}_dtype, device=cpu)"
                   for b in given]
         body = [*self.body(self.place), *self.result()]
         if inside:
