@@ -25,7 +25,8 @@ _LIBRARIES = (os.path.join(os.path.dirname(torch.__file__), ""),
               *(os.path.join(folder, part, "") for folder in bincompile.__path__
                 for part in ("nn", "passes")))
 
-LEVELS = ("captured", "normal", "matched", "validated", "canonical", "packed", "binary", "lowered")
+LEVELS = ("captured", "normal", "matched", "validated", "canonical", "packed", "binary", "fused",
+          "lowered")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +189,8 @@ def _lines(graph: fx.Graph) -> Iterator[str]:
             yield f"input {node.name}: {value}"
         else:
             yield f"{node.name}: {value} = {call_text(node)}" + (f"  # {path}" if path else "")
+            yield from (f"    {line}" for arg in node.args if _is_text(arg)
+                        for line in arg.splitlines())
 
 
 def call_text(node: fx.Node) -> str:
@@ -219,7 +222,14 @@ def describe(value: Any) -> str:
     return type(value).__name__ if not isinstance(value, int | float) else str(value)
 
 
+def _is_text(arg: Any) -> bool:
+    """Whether an argument has several lines, which are shown below the call."""
+    return isinstance(arg, str) and "\n" in arg
+
+
 def _show(arg: Any) -> str:
+    if _is_text(arg):
+        return f"<{len(arg.splitlines())} lines>"
     if isinstance(arg, fx.Node):
         return arg.target if arg.op == "get_attr" else arg.name
     if isinstance(arg, tuple | list):

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import fx
 
+from bincompile.ops.fused_rows import fused_rows
 from bincompile.passes.graph import (
     copy_module,
     finish,
@@ -25,7 +26,8 @@ def lower(program: Program) -> Program:
     fold(module)
     finish(module)
     nodes = {n.name: n for n in module.graph.nodes}
-    rewrites = tuple(dataclasses.replace(r, bytes_after=read_bytes(nodes[r.node]))
+    rewrites = tuple(r if nodes[r.node].target is fused_rows.overload else
+                     dataclasses.replace(r, bytes_after=read_bytes(nodes[r.node]))
                      for r in program.rewrites if r.node in nodes)
     return program.next(module, "lowered", rewrites=rewrites)
 

@@ -1,0 +1,78 @@
+"""Kernels beside their references, on the values of one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from bincompile.errors import ProofError
+from bincompile.op import Operator
+from bincompile.passes.validate import difference
+from bincompile.program import Program
+from bincompile.runtime.executor import Executable
+
+# Largest relative difference of a whole model's outputs, by the dtype that they have.
+LIMITS = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-4, torch.float64: 1e-9}
+FLIPPED_ROWS = 0.02  # most rows of a result, beside one, that another sign may change
+
+
+def check_kernels(program: Program, executable: Executable, flat: Sequence[Any],
+                  on: str = "reference") -> None:
+    """Run every bound kernel beside its reference.
+
+    Args:
+        program: the program that is bound.
+        executable: its kernels.
+        flat: flat inputs of one call.
+        on: whose values each kernel gets: those of the "reference" before it, or of the "kernels".
+
+    Raises:
+        ProofError: a kernel is further from its reference than its operator allows.
+    """
+    class Compare(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            expected = super().run_node(node)
+            if node.name not in executable.bound:
+                return expected
+            call = executable.calls[node.name]
+            args, kwargs = self.fetch_args_kwargs_from_env(node)
+            values = call.operator.bind(args, kwargs)
+            found = executable.bound[node.name](*call.run_time(values))
+            _check_kernel(node.name, call.operator, values, expected, found)
+            return expected if on == "reference" else found
+
+    with torch.no_grad():
+        Compare(program.graph_module).run(*flat)
+
+
+def _check_kernel(name: str, operator: Operator, values: Mapping[str, Any], expected: Any,
+                  found: Any) -> None:
+    several = isinstance(expected, tuple | list)
+    for left, right in zip(*((expected, found) if several else ((expected,), (found,))),
+                           strict=True):
+        loose = max(operator.tolerance.rtol, LIMITS.get(left.dtype, 0.0) / 10)
+        limit = 0.0 if operator.tolerance.bits else loose
+        error = difference(left, right)
+        if (error > limit or math.isnan(error)) \
+                and not _flipped(operator, values, left, right, limit):
+            raise ProofError(f"the kernel of {name} differs from its reference by {error:.2g}",
+                             f"at most {limit:.0e}", "report it, and set BINCOMPILE_ISA=none "
+                             "to use reference kernels until it is mended")
+
+
+def _flipped(operator: Operator, values: Mapping[str, Any], left: torch.Tensor,
+             right: torch.Tensor, limit: float) -> bool:
+    """Whether results agree but for few rows, in each of which a sign was taken of nearly 0."""
+    doubt = operator.doubtful_rows(values) if operator.doubtful_rows is not None else None
+    rows = left.shape[:-1].numel()
+    if doubt is None or left.shape != right.shape or doubt.numel() != rows:
+        return False
+    flat = [side.reshape(rows, -1) for side in (left, right)]
+    if difference(flat[0][~doubt], flat[1][~doubt]) > limit:
+        return False
+    apart = [difference(a, b) > limit for a, b in zip(flat[0][doubt], flat[1][doubt], strict=True)]
+    return sum(apart) <= 1 + FLIPPED_ROWS * rows
