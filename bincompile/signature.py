@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from bincompile import conditions
 from bincompile.errors import InputError, InputTypeError
+from bincompile.quick import Quick, quick_check
 from bincompile.structure import hold
 
 
@@ -86,6 +87,9 @@ class Signature:
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The flat inputs of a call, checked; raises `InputError` or `InputTypeError`."""
+        quick = self._quick(args, kwargs)
+        if quick is not None:
+            return quick
         if self._positional and not kwargs and len(args) == len(self.inputs):
             self.check(args)
             return list(args)
@@ -113,6 +117,11 @@ class Signature:
     def _positional(self) -> bool:
         """Whether the captured call is nothing but the flat inputs, in order."""
         return self.in_spec == pytree.tree_structure((tuple(range(len(self.inputs))), {}))
+
+    @functools.cached_property
+    def _quick(self) -> Quick:
+        """The check of calls as they mostly are."""
+        return quick_check(self.inputs, self.in_spec, self.ranges, self.conditions)
 
     @functools.cached_property
     def _single(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from typing import Any
 
 import pytest
@@ -53,3 +55,49 @@ def test_outputs_get_the_structure_of_the_result(result: Any) -> None:
     found = signature(result).unflatten(tuple(leaves))
     assert pytree.tree_structure(found) == pytree.tree_structure(result)
     assert [int(v) for v in pytree.tree_leaves(found)] == list(range(len(leaves)))
+
+
+CALLS = [(torch.ones(3, 4), torch.ones(3), None), (torch.ones(8, 4), torch.ones(8), None),
+         (torch.ones(6, 4), torch.ones(6), None), (torch.ones(1, 4), torch.ones(1), None),
+         (torch.ones(9, 4), torch.ones(9), None), (torch.ones(6, 4), torch.ones(3), None),
+         (torch.ones(6, 4).half(), torch.ones(6), None), (torch.ones(6, 4), None, None),
+         (torch.ones(6, 4, 1), torch.ones(6), None), (torch.ones(6, 4), torch.ones(6), 1),
+         (torch.ones(6, 4), torch.ones(6), False), (torch.ones(0, 4), torch.ones(0), None),
+         (torch.nn.Parameter(torch.ones(6, 4)), torch.ones(6), None)]
+
+
+@pytest.mark.parametrize("facts", [(), ("s0 % 3 == 0",), ("6 // (s0 - 8) < 0", "max(s0, 2) > 1")])
+@pytest.mark.parametrize("named", [0, 1, 3])
+def test_the_short_way_says_yes_only_where_the_general_one_does(facts, named) -> None:
+    names = ("x", "y", "flag")
+    plain = Signature((X, Y, FLAG), pytree.tree_structure(
+        ((0,) * (3 - named), dict.fromkeys(names[3 - named:], 0))),
+        pytree.tree_structure(0), names, {"flag": None}, {"s0": (1, 8)}, facts)
+    taken = 0
+    for call in CALLS:
+        args, kwargs = call[:3 - named], dict(zip(names[3 - named:], call[3 - named:],
+                                                  strict=True))
+        quick = plain._quick(args, kwargs)
+        try:
+            plain.check(call)
+        except (InputError, InputTypeError) as expected:
+            assert quick is None
+            with pytest.raises(type(expected)):
+                plain.flatten(args, kwargs)
+        else:
+            assert quick is not None
+            assert all(map(operator.is_, quick, call))
+            taken += 1
+    assert taken
+
+
+def test_names_of_symbols_and_inputs_are_never_run_as_code() -> None:
+    evil = "s0 = __import__('os').abort()"
+    strange = Signature((InputSpec(evil, torch.float32, (evil, "s0 or exit()")),),
+                        pytree.tree_structure(((), {evil: 0})), pytree.tree_structure(0),
+                        (evil,), {}, {evil: (0, None)}, ())
+    (x,) = strange.flatten((), {evil: torch.ones(2, 3)})
+    assert x.shape == (2, 3)
+    broken = dataclasses.replace(strange, conditions=(evil,))
+    with pytest.raises(ValueError, match="not a condition"):
+        broken.flatten((), {evil: torch.ones(2, 3)})
