@@ -16,6 +16,7 @@ from bincompile.program import Program, attribute
 from bincompile.runtime.buffers import Memory
 from bincompile.runtime.kernels import Call, Dynamic, choose, explain
 from bincompile.runtime.straight_line import straight_line
+from bincompile.runtime.tvm import prepare
 
 _set_grad_enabled = torch._C._set_grad_enabled
 
@@ -76,6 +77,7 @@ def bind(program: Program, target: Target, choices: Mapping[str, str] | None = N
                           f"nodes that hold an operator of bincompile: {', '.join(calls)}",
                           "the choices")
     chosen = {name: choose(call, wanted.get(name)) for name, call in calls.items()}
+    prepare((make(call) for name, call in calls.items() if (make := chosen[name].recipe)), target)
     bound = {name: chosen[name].bind(call) for name, call in calls.items()}
     function, memory = straight_line(program.graph_module, calls, bound)
     return Executable({name: kernel.name for name, kernel in chosen.items()}, calls, bound,

@@ -18,6 +18,7 @@ from bincompile.config import Target
 from bincompile.errors import KernelError
 from bincompile.op import Operator, Sample
 from bincompile.runtime.bound import Bound as Bound
+from bincompile.runtime.tvm import Recipe
 
 REFERENCE = "reference"
 
@@ -143,6 +144,7 @@ class Kernel:
             values, in order and with lists taken apart, that returns the operator's result:
             a plain function, or a `Bound` whose results may be put into planned memory.
         priority: kernels are tried from the highest to the lowest.
+        recipe: what `bind` compiles for a call; the kernels of a program are compiled together.
     """
 
     name: str
@@ -150,6 +152,7 @@ class Kernel:
     supports: Callable[[Call], str | None]
     bind: Callable[[Call], Callable[..., Any]]
     priority: int = 0
+    recipe: Callable[[Call], Recipe] | None = None
 
 
 @functools.cache

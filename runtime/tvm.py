@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import importlib
 import importlib.metadata
 import importlib.resources
+import logging
+import os
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +25,10 @@ from bincompile.runtime import native
 from bincompile.runtime.cache import cached, digest, is_intact
 
 _SCHEDULES = "bincompile.runtime.schedules"
-_lock = threading.Lock()
+_PATIENCE = 1.0  # seconds after which the user is told what he waits for
 _loaded: dict[str, Any] = {}
+_locks: dict[str, threading.Lock] = {}
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +47,28 @@ class Recipe:
 
 @functools.cache
 def _sources(schedule: str) -> str:
-    """The text of a schedule and of what it shares."""
+    """The text of a schedule and of every schedule that it imports, itself or through others."""
     folder = importlib.resources.files(_SCHEDULES)
-    return "".join((folder / f"{name}.py").read_text() for name in (schedule, "common"))
+    texts: dict[str, str] = {}
+    waiting = [schedule]
+    while waiting:
+        name = waiting.pop()
+        if name not in texts:
+            texts[name] = (folder / f"{name}.py").read_text()
+            waiting += _imported(texts[name])
+    return "".join(text for _, text in sorted(texts.items()))
+
+
+def _imported(text: str) -> Iterator[str]:
+    """Names of the schedules that the text of one imports."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module == _SCHEDULES:
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [
+                alias.name for alias in node.names]
+            yield from (module.removeprefix(f"{_SCHEDULES}.") for module in modules
+                        if module.startswith(f"{_SCHEDULES}."))
 
 
 @functools.cache
@@ -94,11 +120,53 @@ def load(recipe: Recipe, target: Target) -> Any:
     Raises:
         KernelError: TVM, the C compiler or the loader refused it.
     """
-    with _lock:
-        name = recipe.file_name(target)
-        if name not in _loaded:
-            _loaded[name] = _from_cache(recipe, target, name)
-        return _loaded[name]
+    name = recipe.file_name(target)
+    if name not in _loaded:
+        with _locks.setdefault(name, threading.Lock()):
+            if name not in _loaded:
+                _loaded[name] = _from_cache(recipe, target, name)
+    return _loaded[name]
+
+
+def prepare(recipes: Iterable[Recipe], target: Target) -> None:
+    """Compile what is not in the cache yet, on every core; say so if it takes over a second.
+
+    Raises:
+        KernelError: TVM, the C compiler or the loader refused one.
+    """
+    wanted = {recipe.file_name(target): recipe for recipe in recipes}
+    missing = [recipe for name, recipe in wanted.items()
+               if name not in _loaded and not is_intact(cache_dir() / name)]
+    if not missing:
+        return
+    with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
+        tasks = [pool.submit(load, recipe, target) for recipe in missing]
+        try:
+            _watch(tasks)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _watch(tasks: list[Future[Any]]) -> None:
+    """Wait for the tasks, and raise what one of them raised."""
+    begin, shown = time.monotonic(), False
+    waiting = set(tasks)
+    while waiting:
+        done, waiting = wait(waiting, _PATIENCE, FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        if waiting or shown:
+            shown = True
+            _say(f"compiled {len(tasks) - len(waiting)} of {len(tasks)} kernels, "
+                 f"{time.monotonic() - begin:.0f} s", last=not waiting)
+
+
+def _say(text: str, last: bool) -> None:
+    """One line that is written over on a terminal, log records elsewhere."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"\rbincompile: {text}", end="\n" if last else "", file=sys.stderr, flush=True)
+    else:
+        log.info(text)
 
 
 def _from_cache(recipe: Recipe, target: Target, name: str) -> Any:

@@ -71,4 +71,4 @@ def _bind(call: Call) -> Bound:
     return Bound(shape, look_up)
 
 
-KERNEL = Kernel("tvm-bits", "binary_embedding", _supports, _bind, priority=20)
+KERNEL = Kernel("tvm-bits", "binary_embedding", _supports, _bind, priority=20, recipe=_recipe)

@@ -44,4 +44,4 @@ def _bind(call: Call) -> Callable[[torch.Tensor], torch.Tensor]:
                   WORTH_THREADS)
 
 
-KERNEL = Kernel("tvm-w1a1", "binary_linear", _supports, _bind, priority=20)
+KERNEL = Kernel("tvm-w1a1", "binary_linear", _supports, _bind, priority=20, recipe=_recipe)
