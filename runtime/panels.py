@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from bincompile.runtime.kernels import Call, host_reason
 from bincompile.runtime.schedules.common import LANE, PANEL, VECTORS, WORD, ceil_div
@@ -49,6 +50,17 @@ def pack_weight(weight: torch.Tensor, features: int) -> torch.Tensor:
         negative[:, weight.shape[1] - 1] &= (1 << features % 8) - 1
     blocks = negative.view(torch.int32).view(panels, VECTORS, LANE, words)
     return blocks.permute(0, 3, 1, 2).contiguous().view(torch.uint32)
+
+
+_packed = WeakTensorKeyDictionary()
+
+
+def shared_panels(weight: torch.Tensor, features: int) -> torch.Tensor:
+    """What `pack_weight` gives, made once for each tensor while that tensor lives."""
+    known = _packed.get(weight)
+    if known is None or known[0] != features:
+        known = _packed[weight] = (features, pack_weight(weight, features))
+    return known[1]
 
 
 def fold_signs(packed: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,135 @@
+"""Row programs compiled by TVM: all operations of a body in one walk over blocks of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bincompile.body import Body
+from bincompile.ops.embedding import check_indices
+from bincompile.runtime.bound import Bound, Size
+from bincompile.runtime.kernels import Call, Dynamic, Kernel, host_reason, parts_of
+from bincompile.runtime.panels import pad, shared_panels
+from bincompile.runtime.row_inputs import Unsuitable, inputs_of
+from bincompile.runtime.schedules.rows_body import Input, steps_of
+from bincompile.runtime.tvm import Recipe, load, obstacle
+
+BLOCK = 32  # most rows of a block: what is kept between products stays in the second-level cache
+TILES = {"avx512-vpopcntdq": 4}  # rows multiplied together: as many as registers hold sums of
+WORTH_THREADS = 20_000  # nanoseconds of work, below which a second thread costs more than it brings
+PRODUCTS, NUMBERS = 1000, 20  # that one core does in a nanosecond: about what decides on threads
+
+
+def _known(call: Call) -> tuple[Body, tuple[Input, ...], int]:
+    """The body, how its inputs are read, and the rank of what its results have rows over."""
+    if not call.is_stored("body"):
+        raise Unsuitable("the body is known only at run time")
+    body = Body.parse(call.value("body"))
+    parts = parts_of(call.arguments["inputs"])
+    stored = [not isinstance(part, Dynamic) for part in parts]
+    if all(stored):
+        raise Unsuitable("all inputs are stored")
+    return body, *inputs_of(body, call.value("inputs"), stored)
+
+
+def _recipe(call: Call) -> Recipe:
+    body, inputs, rank = _known(call)
+    return Recipe("rows", {
+        "body": str(body), "inputs": tuple(map(tuple, inputs)), "rank": rank, "block": BLOCK,
+        "tile": TILES.get(call.target.isa, 1)})
+
+
+def _supports(call: Call) -> str | None:
+    try:
+        recipe = _recipe(call)
+    except Unsuitable as reason:
+        return str(reason)
+    devices = {part.device.type for part in call.value("inputs")} - {"cpu", "meta"}
+    if devices:
+        return f"an input is on {min(devices)}"
+    return host_reason(call) or obstacle(recipe, call.target)
+
+
+def _stored(value: torch.Tensor, given: Input) -> torch.Tensor:
+    """A stored input as the compiled functions read it."""
+    if given.role == "panels":
+        return shared_panels(value, int(given.shape[1] or 0))
+    if given.role == "padded":
+        return pad(value, int(given.shape[0] or 0))
+    return _plain(value.detach())
+
+
+def _plain(value: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor with an axis at least."""
+    return (value if value.is_contiguous() else value.contiguous()) if value.ndim else value.view(1)
+
+
+def _cost(recipe: Recipe) -> float:
+    """About how many nanoseconds one row takes."""
+    steps, _, widths = steps_of(
+        recipe.parameters["body"], tuple(Input(*given) for given in recipe.parameters["inputs"]))
+    products = sum(step.width * step.args[-1] for step in steps if step.op == "linear")
+    numbers = sum(widths[name] for step in steps for name in (step.target, *step.reads[:1]))
+    return products / PRODUCTS + numbers / NUMBERS
+
+
+def _shape_of(body: Body, inputs: tuple[Input, ...], places: list[int],
+              ) -> Callable[..., tuple[Size, ...]]:
+    """The sizes of the results, from the run-time values."""
+    _, results, widths = steps_of(str(body), inputs)
+    columns = [widths[name] for name in results]
+    main = next(place for place, given in enumerate(inputs) if given.role in ("rows", "indices"))
+    at, end = places.index(main), -1 if inputs[main].role == "rows" else None
+
+    def shape(*values: torch.Tensor) -> tuple[Size, ...]:
+        lead = tuple(values[at].shape[:end])
+        return tuple(((*lead, width), torch.float32) for width in columns)
+
+    return shape
+
+
+def _bind(call: Call) -> Bound:
+    from tvm_ffi import from_dlpack
+
+    body, inputs, _ = _known(call)
+    recipe, parts = _recipe(call), parts_of(call.arguments["inputs"])
+    module, tile = load(recipe, call.target), recipe.parameters["tile"]
+    serial, parallel = module["serial"], module["rows"]
+    template = [None if isinstance(part, Dynamic) else from_dlpack(_stored(part, given))
+                for part, given in zip(parts, inputs, strict=True)]
+    places = [place for place, part in enumerate(parts) if isinstance(part, Dynamic)]
+    shape = _shape_of(body, inputs, places)
+    few = WORTH_THREADS / max(_cost(recipe), 1e-3)
+    look_ups = [statement for statement in body.statements if "embedding" in statement.op]
+
+    def into(*values: torch.Tensor) -> None:
+        arguments = template.copy()
+        for place, value in zip(places, values, strict=False):
+            arguments[place] = value if value.ndim and value.is_contiguous() else _plain(value)
+        rows = values[-1].numel() // values[-1].shape[-1]
+        threads = torch.get_num_threads() if rows > few else 1
+        if threads == 1:
+            bad = serial(BLOCK, *arguments, *values[len(places):])
+        else:
+            block = -(-rows // (2 * threads * tile)) * tile
+            bad = parallel(min(BLOCK, block), *arguments, *values[len(places):])
+        if bad:
+            _raise_index_error(look_ups, call, places, values)
+
+    return Bound(shape, into, several=True)
+
+
+def _raise_index_error(look_ups: list[Any], call: Call, places: list[int],
+                       values: tuple[torch.Tensor, ...]) -> None:
+    inputs = list(call.value("inputs"))
+    for place, value in zip(places, values, strict=False):
+        inputs[place] = value
+    for statement in look_ups:
+        table, indices = statement.args[:2] if statement.op == "embedding" else (
+            statement.args[1], statement.args[0])
+        check_indices(inputs[indices.index], inputs[table.index].shape[0])
+
+
+KERNEL = Kernel("tvm-rows", "fused_rows", _supports, _bind, priority=20)
