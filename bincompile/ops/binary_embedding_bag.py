@@ -145,7 +145,7 @@ binary_embedding_bag = Operator(
     check=_check,
     samples=_samples,
     bad_samples=_bad_samples,
-    tolerance=Tolerance(bits=True),
+    tolerance=Tolerance(rtol=1e-5, atol=1e-5),  # a kernel may round a weighted row once more
     source="torch.nn.functional.embedding_bag over binary bases (arXiv:1802.00150); majority: "
            "the sign of the mean, as in bitorch_engine's BinaryEmbeddingBag",
 )

@@ -73,7 +73,7 @@ def vector_of(T: Any, table: Any, row: Any, scales: Sequence[Any], vector: Any,
 
 
 def word(T: Any, packed: Any, at: Sequence[Any], vector: Any, columns: int) -> Any:
-    """The bits of one vector of a row whose first byte is packed[at]; at most a byte is too many.
+    """The bits of one vector of a row whose first byte is packed[at], and no byte behind the row.
 
     A `vector` that is known only when the kernel runs is a whole one.
     """
