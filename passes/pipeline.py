@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from bincompile.passes.fuse import fuse
 from bincompile.passes.lower import lower
 from bincompile.passes.matching import canonicalise, match, prove
 from bincompile.passes.normalise import normalise
@@ -26,7 +27,7 @@ EXACT: tuple[Stage, ...] = (
     ("specialise", specialise),
     ("pack", pack),
 )
-LOWER: tuple[Stage, ...] = (("lower", lower),)
+LOWER: tuple[Stage, ...] = (("fuse", fuse), ("lower", lower))
 
 
 def run(stages: tuple[Stage, ...], program: Program) -> Program:

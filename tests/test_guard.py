@@ -53,7 +53,7 @@ def test_without_data_there_is_no_lossy_program(model):
         bc.optimize(model, (batches(1, 0)[0],), binary="w1a32", calibration=batches(1, 0))
     compiled = bc.optimize(model, (batches(1, 0)[0],), binary="w1a32", guard=None)
     assert compiled.report.lossy and "not measured" in " ".join(compiled.report.notes)
-    assert len(compiled.report.rewrites) == 6
+    assert [r.kind for r in compiled.report.rewrites].count("lossy") == 6
 
 
 @pytest.mark.parametrize("precision", ["w1a1", "w1a32"])
