@@ -15,6 +15,8 @@ from torch.export import ExportedProgram
 from bincompile.compiled import CompiledModel, DeferredModel
 from bincompile.config import VIOLATIONS, Binary, Continual, Guard, Target
 from bincompile.errors import ConfigError, ContinualError, InputTypeError
+from bincompile.passes import choose
+from bincompile.passes.binarise import sites
 from bincompile.passes.capture import Captured, capture
 from bincompile.passes.check import ResultError, prove_whole
 from bincompile.passes.examples import check_model
@@ -25,7 +27,7 @@ from bincompile.passes.pipeline import EXACT, LOWER, run
 from bincompile.program import Program
 from bincompile.record import Refusal
 from bincompile.report import Report
-from bincompile.runtime.executor import bind
+from bincompile.runtime.executor import Executable, bind
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +65,10 @@ def optimize(model: nn.Module | ExportedProgram, args: tuple[Any, ...] | None = 
         holdout: the same, unseen by the search; without it the last fifth of calibration.
         guard: limits of the divergence; None accepts an unknown one.
         on_violation: "fallback" (layers go back to float), "raise" or "warn".
-        choices: node name -> kernel name, to replay a choice of kernels.
+        choices: `compiled.choices` of an earlier compilation, to make the same ones again with
+            nothing measured; or node name -> kernel name. Without it what is meant to be faster is
+            timed against what it replaces, and is left out where it is over 10 % slower; with {}
+            nothing is.
 
     Returns:
         The compiled model; where no inputs were given, a `DeferredModel`.
@@ -162,20 +167,26 @@ class Options:
         """The program of one call."""
         return capture(model, args, kwargs, self.dynamic_shapes)
 
-    def rewrite(self, program: Program) -> Program:
-        """The program after all rewrites, exact and lossy."""
+    def rewrite(self, program: Program, example: Sequence[Any] | None = None) -> Program:
+        """The program after all rewrites, exact and lossy; layers are timed on `example`."""
         program = run(EXACT, program)
+        found = [] if self.binary is None else sites(program, self.binary)
+        kept = choose.replayed(found, self.choices or {})
         if self.binary is None:
             return program
-        return guarded(program, self.binary, self.guard, self.calibration, self.holdout,
-                       self.on_violation)
+        if self.choices is None and example is not None:
+            kept = choose.measured_sites(program, self.binary, found, example, self.target)
+        result = guarded(program, self.binary, self.guard, self.calibration, self.holdout,
+                         self.on_violation, kept)
+        return dataclasses.replace(
+            result, refusals=(*result.refusals, *choose.refusals(found, kept)), choices=kept)
 
     def finish(self, captured: Captured, program: Program,
                weights: Sequence[torch.Tensor] = ()) -> CompiledModel:
         """The program lowered, bound and proven; `weights` are inputs behind the example's."""
         program = run(LOWER, program)
         _dump(program)
-        executable = bind(program, self.target, self.choices)
+        program, executable = self._bound(program, captured, weights)
         if captured.example is not None:
             whole = prove_whole(captured.model, program, executable, captured.example, weights)
             program = dataclasses.replace(program, notes=(*program.notes, whole.note))
@@ -184,10 +195,21 @@ class Options:
                 program, executable = relaid, bind(relaid, self.target, executable.kernels)
         return CompiledModel(program, executable, self.target)
 
+    def _bound(self, program: Program, captured: Captured,
+               weights: Sequence[torch.Tensor]) -> tuple[Program, Executable]:
+        """The program with a kernel for each operator: as chosen, or else by measurement."""
+        executable = bind(program, self.target, choose.kernel_names(self.choices or {}))
+        found = choose.explained(self.choices or {})
+        if self.choices is None and captured.example is not None:
+            found = choose.measured_kernels(program, executable, [*captured.example, *weights])
+            if found:
+                executable = bind(program, self.target, choose.kernel_names(found))
+        return choose.noted(program, found), executable
+
     def compile(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledModel:
         """The whole pipeline on one call of the model."""
         captured = self.capture(model, args, kwargs)
-        program = self.rewrite(captured.program)
+        program = self.rewrite(captured.program, captured.example)
         try:
             return self.finish(captured, program)
         except ResultError as error:

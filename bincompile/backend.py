@@ -165,7 +165,7 @@ def _compiled(model: GraphModel, inputs: Sequence[Any],
         captured = options.capture(model, model.given(inputs), {})
         expected = model.graph(*inputs)
         _check_memory(expected, inputs)
-        program, lifted = lift(options.rewrite(captured.program), model)
+        program, lifted = lift(options.rewrite(captured.program, captured.example), model)
         weights = Weights(model, inputs, lifted)
         compiled = options.finish(captured, program, weights.taken(inputs))
         if not program.lossy:

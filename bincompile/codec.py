@@ -36,11 +36,11 @@ def encode(program: Program, stored: Mapping[str, str]) -> dict[str, Json]:
         "nodes": [_encode_node(node, stored) for node in program.graph.nodes],
         "signature": _encode_signature(program.signature),
         "records": {
-            "matches": [dataclasses.asdict(dataclasses.replace(m, attrs=_plain_attrs(m)))
-                        for m in program.matches],
+            "matches": [_encode_match(m) for m in program.matches],
             "refusals": [dataclasses.asdict(r) for r in program.refusals],
             "rewrites": [dataclasses.asdict(r) for r in program.rewrites],
             "notes": list(program.notes),
+            "choices": dict(program.choices),
         },
     }
 
@@ -240,6 +240,13 @@ def _decode_tree(document: Json) -> Any:
     return _MAPPINGS[kind]((key, _decode_tree(child)) for key, child in children)
 
 
+def _encode_match(match: Match) -> dict[str, Json]:
+    """A match without the time of its proof, which is not the same in two compilations."""
+    evidence = match.evidence and dataclasses.replace(match.evidence, milliseconds=0.0)
+    return dataclasses.asdict(
+        dataclasses.replace(match, attrs=_plain_attrs(match), evidence=evidence))
+
+
 def _plain_attrs(match: Match) -> dict[str, Json]:
     return {k: v if v is None or isinstance(v, bool | int | float | str) else str(v)
             for k, v in match.attrs.items()}
@@ -254,6 +261,7 @@ def _decode_records(document: Json) -> dict[str, Any]:
     return {"matches": tuple(map(match, document["matches"])),
             "refusals": tuple(Refusal(**r) for r in document["refusals"]),
             "rewrites": tuple(Rewrite(**r) for r in document["rewrites"]),
-            "notes": tuple(map(str, document["notes"]))}
+            "notes": tuple(map(str, document["notes"])),
+            "choices": {str(n): str(c) for n, c in dict(document.get("choices", {})).items()}}
 
 

@@ -11,6 +11,7 @@ import torch
 from bincompile.config import Target
 from bincompile.errors import ConfigError, ContinualError, InputError, InputTypeError
 from bincompile.program import Program
+from bincompile.record import parsed
 from bincompile.report import Report
 from bincompile.runtime.executor import Executable
 
@@ -58,6 +59,16 @@ class CompiledModel:
     def report(self) -> Report:
         """What was found, proven, rewritten and refused."""
         return Report.of(self._program, self._executable.kernels)
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """What was chosen, for `optimize(..., choices=)`: the kernel of each node, and layers that
+        stayed float; behind it, where it was chosen for its time, the times."""
+        chosen: dict[str, str] = dict(self._executable.kernels)
+        for node, choice in self._program.choices.items():
+            if node not in chosen or chosen[node] == parsed(choice)[0]:
+                chosen[node] = choice
+        return chosen
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ import dataclasses
 import operator
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ class Program:
         refusals: candidates that were declined.
         rewrites: changes that were made.
         notes: other decisions a reader should know of.
+        choices: what was chosen by measurement, by node: "kernel (why)", or "float (why)" for a
+            layer that was not made binary.
         parent: the program of the stage before.
 
     Example:
@@ -59,6 +61,7 @@ class Program:
     refusals: tuple[Refusal, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
     notes: tuple[str, ...] = ()
+    choices: Mapping[str, str] = dataclasses.field(default_factory=dict)
     parent: Program | None = None
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,9 +47,14 @@ class Divergence:
 
 
 def guarded(program: Program, binary: Binary, guard: Guard | None, calibration: Any, holdout: Any,
-            on_violation: str) -> Program:
-    """The program with as many layers binary as the guard allows, every step in its notes."""
-    found = sites(program, binary)
+            on_violation: str, left_out: Collection[str] = ()) -> Program:
+    """The program with as many layers binary as the guard allows, every step in its notes.
+
+    Layers at the nodes `left_out` stay float from the start.
+    """
+    found = [site for site in sites(program, binary) if site.node not in left_out]
+    if not found and left_out:
+        return program.next(program.graph_module, "binary")
     if not found:
         return program.next(program.graph_module, "binary", notes=(
             *program.notes, f"binary={binary.precision!r}: no layer matches {binary.layers!r}"))

@@ -42,12 +42,17 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
 
 def is_intact(path: Path) -> bool:
     """Whether the file can be read and is what was written."""
+    return intact(path) is not None
+
+
+def intact(path: Path) -> bytes | None:
+    """What was written to the file; None if it can't be read or is something else."""
     try:
         content = path.read_bytes()
     except OSError:
-        return False
+        return None
     body, footer = content[:-_FOOTER], content[-_FOOTER:]
-    return footer == MARK + hashlib.sha256(body).digest()
+    return body if footer == MARK + hashlib.sha256(body).digest() else None
 
 
 def _replace(path: Path, make: Callable[[Path], None]) -> None:
