@@ -13,7 +13,7 @@ from bincompile.errors import ConfigError, ContinualError, InputError, InputType
 from bincompile.program import Program
 from bincompile.record import parsed
 from bincompile.report import Report
-from bincompile.runtime.executor import Executable
+from bincompile.runtime.executor import Executable, settle
 
 
 class CompiledModel:
@@ -38,7 +38,8 @@ class CompiledModel:
     """
 
     def __init__(self, program: Program, executable: Executable, target: Target) -> None:
-        self._program, self._executable, self._target = program, executable, target
+        self._program, self._executable = settle(program, executable)
+        self._target = target
 
     @property
     def program(self) -> Program:

@@ -62,3 +62,7 @@ class KernelError(BincompileError, RuntimeError):
 
 class ArtifactError(BincompileError, ValueError):
     """A saved model can't be written or read."""
+
+
+class WeightsGoneError(BincompileError, RuntimeError):
+    """An earlier stage of a program is run after the model that it reads is gone."""

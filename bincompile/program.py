@@ -108,7 +108,10 @@ class Program:
         dims = tuple({i: torch.export.Dim.AUTO for i, s in enumerate(v.shape)
                       if not isinstance(s, int)} if hasattr(v, "shape") else None
                      for v in values)
-        return torch.export.export(self.graph_module, examples, dynamic_shapes=dims)
+        whole = fx.GraphModule({n.target: attribute(self.graph_module, n.target)
+                                for n in self.graph.nodes if n.op in ("get_attr", "call_module")},
+                               copied(self.graph))
+        return torch.export.export(whole, examples, dynamic_shapes=dims)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         flat = self.signature.flatten(args, kwargs)
@@ -141,6 +144,14 @@ class Program:
         lines = [f"program at level {self.level}"]
         lines += (f"  {line}" for line in _lines(self.graph))
         return "\n".join(lines)
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph, with the records of its nodes."""
+    copy, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        copies[node] = copy.node_copy(node, copies.__getitem__)
+    return copy
 
 
 def attribute(module: torch.nn.Module, path: str) -> Any:

@@ -39,6 +39,7 @@ from bincompile.passes.sizes import conditions
 from bincompile.passes.unlift import WRAPPER, unlift
 from bincompile.program import Program
 from bincompile.signature import InputSpec, Signature
+from bincompile.stages import own
 from bincompile.structure import hold
 
 log = logging.getLogger(__name__)
@@ -67,12 +68,14 @@ def capture(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
         ProofError: the graph is not the model.
     """
     captured = _checked(_capture(model, args, kwargs, dynamic_shapes), model)
+    own(captured.program, model)
     if captured.example is None or isinstance(model, ExportedProgram):
         return captured
     try:
         captured.program.signature.flatten(tuple(args), dict(kwargs or {}))
     except InputError:  # the given sizes of 1 were doubled, and the model treats them apart
-        return _checked(_capture(model, args, kwargs, dynamic_shapes, grow=False), model)
+        captured = _checked(_capture(model, args, kwargs, dynamic_shapes, grow=False), model)
+        own(captured.program, model)
     return captured
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from bincompile.errors import KernelError
 from bincompile.ops import operator_of
 from bincompile.program import Program, attribute
 from bincompile.runtime.buffers import Memory
+from bincompile.runtime.forms import restorer
 from bincompile.runtime.kernels import Call, Dynamic, choose, explain
 from bincompile.runtime.straight_line import straight_line
 from bincompile.runtime.tvm import prepare
+from bincompile.stages import settled
 
 _set_grad_enabled = torch._C._set_grad_enabled
 
@@ -82,6 +84,38 @@ def bind(program: Program, target: Target, choices: Mapping[str, str] | None = N
     function, memory = straight_line(program.graph_module, calls, bound)
     return Executable({name: kernel.name for name, kernel in chosen.items()}, calls, bound,
                       function, memory)
+
+
+def settle(program: Program, executable: Executable) -> tuple[Program, Executable]:
+    """The same, with nothing kept for reading only; what was given must not be used again.
+
+    Earlier stages hold the model's weights weakly, and a weight that kernels hold in their own
+    layout is made again from it when it is asked for.
+    """
+    kept = settled(program, restorer)
+    nodes = {node.name: node for node in kept.graph.nodes}
+    calls = _Calls(kept, {name: nodes[name] for name in executable.calls},
+                   {name: call.target for name, call in executable.calls.items()})
+    return kept, dataclasses.replace(executable, calls=calls)
+
+
+class _Calls(Mapping[str, Call]):
+    """The calls of a program's nodes, each made when it is asked for."""
+
+    def __init__(self, program: Program, nodes: Mapping[str, fx.Node],
+                 targets: Mapping[str, Target]) -> None:
+        self._program, self._nodes, self._targets = program, nodes, targets
+
+    def __getitem__(self, name: str) -> Call:
+        call = call_of(self._program, self._nodes[name], self._targets[name])
+        assert call is not None
+        return call
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._nodes)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
 
 
 def call_of(program: Program, node: fx.Node, target: Target) -> Call | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from bincompile.runtime.forms import restorable
 from bincompile.runtime.kernels import Call, host_reason
 from bincompile.runtime.schedules.common import LANE, PANEL, VECTORS, WORD, ceil_div
 
@@ -60,7 +61,22 @@ def shared_panels(weight: torch.Tensor, features: int) -> torch.Tensor:
     known = _packed.get(weight)
     if known is None or known[0] != features:
         known = _packed[weight] = (features, pack_weight(weight, features))
+        restorable(weight, unpack_weight, known[1], weight.shape[0], features)
     return known[1]
+
+
+def unpack_weight(panels: torch.Tensor, outputs: int, features: int) -> torch.Tensor:
+    """The inverse of `pack_weight`.
+
+    Example:
+        >>> unpack_weight(pack_weight(torch.tensor([[5]], dtype=torch.uint8), 3), 1, 3).tolist()
+        [[5]]
+    """
+    words = panels.view(torch.int32).permute(0, 2, 3, 1).contiguous()
+    signs = ~words.view(torch.uint8).view(-1, words.shape[-1] * 4)[:outputs, :ceil_div(features, 8)]
+    if features % 8:
+        signs[:, -1] &= (1 << features % 8) - 1
+    return signs
 
 
 def fold_signs(packed: torch.Tensor) -> torch.Tensor:

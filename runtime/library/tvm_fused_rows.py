@@ -46,9 +46,6 @@ def _supports(call: Call) -> str | None:
         recipe = _recipe(call)
     except Unsuitable as reason:
         return str(reason)
-    devices = {part.device.type for part in call.value("inputs")} - {"cpu", "meta"}
-    if devices:
-        return f"an input is on {min(devices)}"
     return host_reason(call) or obstacle(recipe, call.target)
 
 
@@ -103,12 +100,15 @@ def _bind(call: Call) -> Bound:
     shape = _shape_of(body, inputs, places)
     few = WORTH_THREADS / max(_cost(recipe), 1e-3)
     look_ups = [statement for statement in body.statements if "embedding" in statement.op]
+    known = [_without_numbers(part) if look_ups else None for part in parts]
 
     def into(*values: torch.Tensor) -> None:
         arguments = template.copy()
         for place, value in zip(places, values, strict=False):
             arguments[place] = value if value.ndim and value.is_contiguous() else _plain(value)
         rows = values[-1].numel() // values[-1].shape[-1]
+        if not rows:
+            return
         threads = torch.get_num_threads() if rows > few else 1
         if threads == 1:
             bad = serial(BLOCK, *arguments, *values[len(places):])
@@ -116,14 +116,21 @@ def _bind(call: Call) -> Bound:
             block = -(-rows // (2 * threads * tile)) * tile
             bad = parallel(min(BLOCK, block), *arguments, *values[len(places):])
         if bad:
-            _raise_index_error(look_ups, call, places, values)
+            _raise_index_error(look_ups, known, places, values)
 
     return Bound(shape, into, several=True)
 
 
-def _raise_index_error(look_ups: list[Any], call: Call, places: list[int],
+def _without_numbers(part: Any) -> Any:
+    """Stored indices, and of what else is stored the shape alone: a kernel has its own copy."""
+    if isinstance(part, Dynamic) or part.dtype in (torch.int32, torch.int64):
+        return part
+    return part.new_empty(()).expand(part.shape)
+
+
+def _raise_index_error(look_ups: list[Any], known: list[Any], places: list[int],
                        values: tuple[torch.Tensor, ...]) -> None:
-    inputs = list(call.value("inputs"))
+    inputs = list(known)
     for place, value in zip(places, values, strict=False):
         inputs[place] = value
     for statement in look_ups:
@@ -132,4 +139,4 @@ def _raise_index_error(look_ups: list[Any], call: Call, places: list[int],
         check_indices(inputs[indices.index], inputs[table.index].shape[0])
 
 
-KERNEL = Kernel("tvm-rows", "fused_rows", _supports, _bind, priority=20)
+KERNEL = Kernel("tvm-rows", "fused_rows", _supports, _bind, priority=20, recipe=_recipe)

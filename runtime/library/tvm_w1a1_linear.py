@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from bincompile.runtime.kernels import Call, Kernel
-from bincompile.runtime.panels import linear_reason, pack_weight, pad, runner
+from bincompile.runtime.panels import linear_reason, pad, runner, shared_panels
 from bincompile.runtime.schedules.common import WORD
 from bincompile.runtime.schedules.w1a1_linear import BLOCK
 from bincompile.runtime.tvm import Recipe, load, obstacle
@@ -33,7 +33,7 @@ def _supports(call: Call) -> str | None:
 
 def _bind(call: Call) -> Callable[[torch.Tensor], torch.Tensor]:
     features, outputs = call.value("in_features"), call.value("weight").shape[0]
-    stored = [pack_weight(call.value("weight"), features)]
+    stored = [shared_panels(call.value("weight"), features)]
     stored += [pad(call.value(name), outputs) for name in ("weight_scale", "bias")
                if call.value(name) is not None]
     if call.value("shift") is not None:
