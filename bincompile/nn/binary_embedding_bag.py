@@ -16,6 +16,7 @@ from bincompile.ops.binary_embedding_bag import (
     binary_embedding_bag,
     check_bags,
     reduce_rows,
+    within_bags,
 )
 from bincompile.ops.embedding import check_indices
 from bincompile.ops.fake_binary_rows import fake_binary_rows
@@ -105,13 +106,14 @@ class BinaryEmbeddingBag(BinaryTable):
         check_indices(input, self.num_embeddings)
         if offsets is None:  # spelled out, because torch refuses bags of length 0
             offsets = torch.arange(input.shape[0], device=input.device) * input.shape[1]
+        input, offsets, last = within_bags(input, offsets, self.mode, self.include_last_offset)
         table = fake_signs.overload(self.weight) if self.mode == MAJORITY else \
             fake_binary_rows.overload(self.weight, self.bases)
         return self._voted(F.embedding_bag(
             input.reshape(-1).long(), table, offsets.long(), mode=self._reduction,
             padding_idx=self.padding_idx,
             per_sample_weights=None if weights is None else weights.reshape(-1).to(table.dtype),
-            include_last_offset=self.include_last_offset))
+            include_last_offset=last))
 
     @property
     def _reduction(self) -> str:

@@ -24,6 +24,17 @@ def vote(mean: torch.Tensor, tie: float) -> torch.Tensor:
     return torch.where(mean == 0, tie, torch.where(mean > 0, 1.0, -1.0)).to(mean.dtype)
 
 
+def within_bags(indices: torch.Tensor, offsets: torch.Tensor | None, mode: str,
+                include_last_offset: bool) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
+    """Indices, offsets and include_last_offset, so that torch can take them for a maximum.
+
+    It writes behind its result where indices come after the last bag, so those are left out.
+    """
+    if not include_last_offset or mode != "max" or offsets is None or is_fake(offsets):
+        return indices, offsets, include_last_offset
+    return indices[:int(offsets[-1])], offsets[:-1], False
+
+
 def reduce_rows(rows: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor | None,
                 mode: str, weights: torch.Tensor | None = None, include_last_offset: bool = False,
                 padding_idx: int | None = None) -> torch.Tensor:
@@ -31,6 +42,8 @@ def reduce_rows(rows: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor
 
     It is `torch.nn.functional.embedding_bag` over rows that were looked up before.
     """
+    indices, offsets, include_last_offset = within_bags(indices, offsets, mode, include_last_offset)
+    rows = rows[:indices.numel()]
     count = indices.numel()
     places = torch.arange(count, device=indices.device)
     if offsets is None:  # spelled out, because torch refuses bags of length 0

@@ -112,4 +112,4 @@ def _taker(call: Call) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
                                 for place, stored in places)
 
 
-KERNEL = Kernel("tvm-bags", "binary_embedding_bag", _supports, _bind, priority=20)
+KERNEL = Kernel("tvm-bags", "binary_embedding_bag", _supports, _bind, 20, _recipe)

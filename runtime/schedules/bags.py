@@ -86,7 +86,7 @@ def _loops(T: Any, mode: str, given: Bags, last: bool,
     T.buffer_store(given.bad, T.int32(0), [0])
     with getattr(T, MODES[mode])(0, ceil_div(given.bags, BLOCK)) as block, \
             T.serial(0, T.min(T.int64(BLOCK), given.bags - block * BLOCK)) as place:
-        ends = T.alloc_buffer((3,), "int64", scope="local")  # else they are spelled out at each use
+        ends = T.alloc_buffer((3,), "int64")  # else they are spelled out at each use
         T.buffer_store(ends, block * BLOCK + place, [0])
         for at, bound in enumerate(_bounds(T, given, ends[0], last)):
             T.buffer_store(ends, bound, [1 + at])

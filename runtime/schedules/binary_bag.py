@@ -39,8 +39,8 @@ def _reduce(T: Any, given: Bags, bag: Any, begin: Any, end: Any, mode: str, colu
 def _tile(T: Any, given: Bags, bag: Any, begin: Any, end: Any, mode: str,
           vectors: Sequence[Any], ask: Any) -> None:
     columns, bases = int(given.out.shape[1]), int(given.scale.shape[1])
-    totals = T.alloc_buffer((len(vectors) * LANE,), "float32", scope="local")
-    kept = T.alloc_buffer((1,), "int64", scope="local")
+    totals = T.alloc_buffer((len(vectors) * LANE,), "float32")
+    kept = T.alloc_buffer((1,), "int64")
     T.buffer_store(kept, T.int64(0), [0])
     for place in range(len(vectors)):
         T.buffer_store(totals, T.broadcast(T.float32("-inf" if mode == "max" else 0), LANE),

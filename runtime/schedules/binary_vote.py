@@ -50,7 +50,7 @@ def build(columns: int, indices: str, offsets: str, last: bool, tie: float) -> A
 def _reduce(T: Any, given: Bags, bag: Any, begin: Any, end: Any, columns: int,
             tie: float) -> None:
     width = ceil_div(columns, 8)
-    more, tied = (T.alloc_buffer((width,), "uint8", scope="local") for _ in range(2))
+    more, tied = (T.alloc_buffer((width,), "uint8") for _ in range(2))
     blocks = width // REGISTER
     if blocks:
         with T.serial(0, blocks) as block:
@@ -72,11 +72,11 @@ def _reduce(T: Any, given: Bags, bag: Any, begin: Any, end: Any, columns: int,
 def _count(T: Any, given: Bags, begin: Any, end: Any, start: Any, size: int, more: Any,
            tied: Any, ask: Any) -> None:
     """Where more votes are +1, and where as many, for `size` bytes of columns from `start` on."""
-    wires = T.alloc_buffer((_WIRES * size,), "uint8", scope="local")
-    rows = T.alloc_buffer((GROUP * size,), "uint8", scope="local")
-    high = T.alloc_buffer((HIGH * size,), "uint8", scope="local")
-    counts = T.alloc_buffer((2,), "int64", scope="local")  # of votes, and of unknown rows
-    loops = T.alloc_buffer((2,), "int64", scope="local")
+    wires = T.alloc_buffer((_WIRES * size,), "uint8")
+    rows = T.alloc_buffer((GROUP * size,), "uint8")
+    high = T.alloc_buffer((HIGH * size,), "uint8")
+    counts = T.alloc_buffer((2,), "int64")  # of votes, and of unknown rows
+    loops = T.alloc_buffer((2,), "int64")
     T.buffer_store(loops, T.floordiv(end - begin, T.int64(GROUP)), [0])
     T.buffer_store(loops, T.int64(64) - T.cast(T.clz(T.max(loops[0], T.int64(1))), "int64"), [1])
     whole, planes = loops[0], loops[1]
@@ -123,7 +123,7 @@ def _put(T: Any, planes: Any, size: int, place: Any, value: Any) -> None:
 def _fetch(T: Any, given: Bags, at: Any, start: Any, rows: Any, size: int, place: Any, counts: Any,
            ask: Any) -> None:
     """The bits of one row, or zeros for one that does not vote."""
-    read = T.alloc_buffer((2,), "int64", scope="local")
+    read = T.alloc_buffer((2,), "int64")
     T.buffer_store(read, T.cast(given.indices[at], "int64"), [0])
     index = read[0]
     with T.If(ask), T.Then():
