@@ -14,6 +14,7 @@ from bincompile.program import Program
 from bincompile.record import parsed
 from bincompile.report import Report
 from bincompile.runtime.executor import Executable, settle
+from bincompile.runtime.holdings import holdings
 
 
 class CompiledModel:
@@ -73,10 +74,21 @@ class CompiledModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored tensors that the lowered program reads."""
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                    for t in self._program.tensors().values()}
-        return sum(storages.values())
+        """Bytes of all weights, scales and tables that it holds, in whatever layout; each once."""
+        return sum(size for kind, size in self.holdings.items() if kind != "planned")
+
+    @property
+    def holdings(self) -> dict[str, int]:
+        """Bytes that it holds: "bits", "numbers", and "planned" for results inside the program.
+
+        Example:
+            >>> import torch, bincompile as bc
+            >>> layer = torch.nn.Linear(512, 512).eval()
+            >>> compiled = bc.optimize(layer, (torch.ones(3, 512),), binary="w1a1", guard=None)
+            >>> compiled.holdings["bits"] * 32 == layer.weight.nbytes
+            True
+        """
+        return holdings(self._program, self._executable)
 
     def explain(self) -> dict[str, list[tuple[str, str]]]:
         """For each operator of ours, every kernel and whether it was chosen or why not."""

@@ -15,6 +15,7 @@ from bincompile.runtime.buffers import Memory, recorded
 from bincompile.runtime.kernels import Call
 from bincompile.runtime.lifetimes import lifetimes, planned
 
+FILE = "<bincompile program>"  # the file that the written functions say they are from
 _ATEN = torch.ops.aten
 # Methods of a tensor do the same as these operators, without the search for an overload.
 _METHODS = {_ATEN.view.default: "view", _ATEN.reshape.default: "reshape",
@@ -40,7 +41,7 @@ def straight_line(module: fx.GraphModule, calls: Mapping[str, Call],
     memory = Memory(lifetimes(module.graph, places))
     writer = _Writer(module, calls, bound, places, memory)
     source = writer.first() + writer.again() if places else writer.unplanned()
-    exec(compile(source, "<bincompile program>", "exec"), writer.scope)
+    exec(compile(source, FILE, "exec"), writer.scope)
     return writer.scope["again"], memory
 
 

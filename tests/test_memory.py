@@ -37,7 +37,11 @@ class Net(nn.Module):
 
 
 def compiled(model: nn.Module, **options):
-    return bc.optimize(model, (X,), **options)
+    return compiled_at(model, X, **options)
+
+
+def compiled_at(model: nn.Module, x: torch.Tensor, **options):
+    return bc.optimize(model, (x,), **options)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +59,18 @@ def test_float_weights_go_with_the_model(binary):
     found, alive, _ = binary
     assert len(alive) == 2 and not any(ref() is not None for ref in alive)
     assert found.nbytes < 70 * 70 * 4
+    assert found.nbytes == found.holdings["bits"] + found.holdings["numbers"]
     assert found(X).shape == (3, 33)
+
+
+def test_holdings_count_what_is_really_there():
+    model = nn.Linear(640, 320).eval()
+    found = compiled_at(model, torch.ones(2, 640), binary="w1a1", guard=None)
+    assert found.holdings["bits"] == 640 * 320 // 8  # once, though graph and kernel both read it
+    assert 2 * 320 * 4 <= found.holdings["numbers"] <= 5 * 320 * 4
+    exact = compiled_at(model, torch.ones(2, 640))
+    assert exact.holdings == {"bits": 0, "numbers": 320 * 4 + 640 * 320 * 4, "planned": 0}
+    assert exact.nbytes == sum(p.nbytes for p in model.parameters())
 
 
 def test_earlier_stages_still_print_and_say_that_their_weights_are_gone(binary):
