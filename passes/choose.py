@@ -9,6 +9,7 @@ The reason stands in the choice, so that the same choices give the same report.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -66,16 +67,16 @@ def measured_kernels(program: Program, executable: Executable,
     """
     if not timings.enabled():
         return {}
-    names = {node: found for node, call in executable.calls.items()
-             if len(found := _rivals(call, executable.kernels[node])) > 1}
-    if any(not timings.known(timings.question(executable.calls[node]), found)
-           for node, found in names.items()):
+    numbers = _numbers(program, flat)
+    rivals = {node: (timings.question(call, numbers), found)
+              for node, call in executable.calls.items() if not timings.is_small(call, numbers)
+              and len(found := _rivals(call)) > 1 and executable.kernels[node] in found}
+    if any(not timings.known(*asked) for asked in rivals.values()):
         with torch.no_grad():
-            _Kernels(program.graph_module, executable, names).run(*flat)
+            _Kernels(program.graph_module, executable, rivals).run(*flat)
     chosen = {}
-    for node, found in names.items():
-        call, first = executable.calls[node], executable.kernels[node]
-        times = timings.table(timings.question(call), found, lambda: {})
+    for node, asked in rivals.items():
+        first, times = executable.kernels[node], timings.table(*asked, dict)
         best = timings.faster(times, first)
         if best != first:
             chosen[node] = spelled(best, f"{times[best]:.3g} ms against {times[first]:.3g} ms "
@@ -83,22 +84,27 @@ def measured_kernels(program: Program, executable: Executable,
     return chosen
 
 
-def _rivals(call: Call, first: str) -> list[str]:
-    """The kernels worth timing for a call: none where it is small, or where there is no choice."""
-    if timings.is_small(call):
-        return []
+def _numbers(program: Program, flat: Sequence[Any]) -> timings.Numbers:
+    """The sizes of these inputs, by the symbols of the program's signature."""
+    return {size: value.shape[axis]
+            for spec, value in zip(program.signature.inputs, flat, strict=False)
+            for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+
+
+def _rivals(call: Call) -> list[str]:
+    """The kernels worth timing for a call."""
     found = [k.name for k in kernels_of(call.operator.name) if k.supports(call) is None]
     if call.operator.name not in IN_FLOATS and not (call.operator.name == FUSED
                                                     and len(found) == 2):
-        found = [name for name in found if name != REFERENCE]
-    return found if first in found else []
+        return [name for name in found if name != REFERENCE]
+    return found
 
 
 class _Kernels(fx.Interpreter):
     """Runs a program by its bound kernels, and times each call of which the table knows nothing."""
 
     def __init__(self, module: fx.GraphModule, executable: Executable,
-                 rivals: Mapping[str, Sequence[str]]) -> None:
+                 rivals: Mapping[str, tuple[str, Sequence[str]]]) -> None:
         super().__init__(module)
         self.executable, self.rivals = executable, rivals
 
@@ -109,14 +115,16 @@ class _Kernels(fx.Interpreter):
         call, first = self.executable.calls[n.name], self.executable.bound[n.name]
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         values = call.run_time(call.operator.bind(args, kwargs))
-        if names := self.rivals.get(n.name):
+        if n.name in self.rivals:
+            question, names = self.rivals[n.name]
+
             def measure() -> timings.Times:
                 by_name = {k.name: k for k in kernels_of(call.operator.name)}
                 bound = {name: first if name == self.executable.kernels[n.name]
                          else by_name[name].bind(call) for name in names}
                 return timings.interleaved({name: _called(f, values) for name, f in bound.items()})
 
-            timings.table(timings.question(call), names, measure)
+            timings.table(question, names, measure)
         return first(*values)
 
 
@@ -137,36 +145,39 @@ def measured_sites(program: Program, binary: Binary, found: Sequence[Site], flat
     """
     if not timings.enabled():
         return {}
-    nodes = {n.name: n for n in program.graph.nodes}
-    questions = {site: _site_question(nodes[site.node], binary, target) for site in found
-                 if not _is_small(nodes[site.node])}
+    nodes, numbers = {n.name: n for n in program.graph.nodes}, _numbers(program, flat)
+    questions = {site: _site_question(nodes[site.node], numbers, binary, target)
+                 for site in found if not _is_small(nodes[site.node], numbers)}
     if any(not timings.known(question, (BINARY, FLOAT)) for question in questions.values()):
         with torch.no_grad():
             _Sites(program, binary, questions, target).run(*flat)
     chosen = {}
     for site, question in questions.items():
-        times = timings.table(question, (BINARY, FLOAT), lambda: {})
+        times = timings.table(question, (BINARY, FLOAT), dict)
         if timings.faster(times, BINARY) == FLOAT:
             chosen[site.node] = spelled(FLOAT, f"{times[BINARY]:.3g} ms against "
                                                f"{times[FLOAT]:.3g} ms")
     return chosen
 
 
-def _site_question(node: fx.Node, binary: Binary, target: Target) -> str:
+def _site_question(node: fx.Node, numbers: timings.Numbers, binary: Binary,
+                   target: Target) -> str:
     """What the speed of a layer, binary and float, depends on."""
     def shown(value: Any) -> Any:
         found = value.meta.get("val") if isinstance(value, fx.Node) else value
-        return timings.shape_class(found) if isinstance(found, torch.Tensor) else repr(found)
+        if isinstance(found, torch.Tensor):
+            return timings.shape_class(found, numbers)
+        return repr(found)
 
     arguments = [shown(arg) for arg in (*node.args, *node.kwargs.values())]
     form = dataclasses.replace(binary, layers="*", keep=())
     return f"{node.target} {arguments} as {form} on {timings.context(target)}"
 
 
-def _is_small(node: fx.Node) -> bool:
+def _is_small(node: fx.Node, numbers: timings.Numbers) -> bool:
     values = (n.meta.get("val") for n in node.all_input_nodes)
-    count = sum(torch.Size(timings.sizes(v)).numel() for v in values if isinstance(v, torch.Tensor))
-    return count < timings.SMALLEST
+    return sum(math.prod(timings.sizes(v, numbers)) for v in values
+               if isinstance(v, torch.Tensor)) < timings.SMALLEST
 
 
 class _Sites(fx.Interpreter):

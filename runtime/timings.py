@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -37,6 +36,8 @@ SMALLEST = 1 << 16  # numbers in all tensors of a call, below which nothing is m
 
 Times = dict[str, float]  # milliseconds of each candidate
 Clock = Callable[[], float]
+Numbers = Mapping[str, int]  # a size for each symbol
+NONE: Numbers = {}
 _known: dict[str, Times] = {}
 
 
@@ -54,7 +55,9 @@ def enabled() -> bool:
 
 def interleaved(candidates: Mapping[str, Callable[[], Any]],
                 clock: Clock = time.perf_counter) -> Times:
-    """Milliseconds of one call of each candidate: medians over rounds that call each in turn.
+    """Milliseconds of one call of each candidate: the least of rounds that call each in turn.
+
+    Other work on the machine only adds time, so that the least is the steadiest.
 
     Example:
         >>> sorted(interleaved({"sum": lambda: sum(range(9)), "pass": lambda: None}))
@@ -76,8 +79,7 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]],
     for _ in range(rounds):
         for name, call in rest.items():
             times[name].append(once(call, repeats[name]))
-    return {name: 1e3 * (statistics.median(times[name]) if name in times else warm[name])
-            for name in candidates}
+    return {name: 1e3 * min(times.get(name, [warm[name]])) for name in candidates}
 
 
 def table(question: str, names: Iterable[str],
@@ -155,9 +157,14 @@ def _read(path: Path, key: str) -> Times | None:
     return times if good else None
 
 
-def question(call: Call) -> str:
-    """The operator, the class of its shapes, and what else its speed depends on."""
-    arguments = {name: _shown(argument) for name, argument in call.arguments.items()}
+def question(call: Call, numbers: Numbers = NONE) -> str:
+    """The operator, the class of its shapes, and what else its speed depends on.
+
+    Args:
+        call: what is timed.
+        numbers: the sizes that its symbolic ones stand for.
+    """
+    arguments = {name: _shown(argument, numbers) for name, argument in call.arguments.items()}
     return f"{call.operator.name} {arguments} on {context(call.target)}"
 
 
@@ -166,38 +173,46 @@ def context(target: Target) -> str:
     return f"{target}, {torch.get_num_threads()} threads"
 
 
-def _shown(argument: Any) -> str:
+def _shown(argument: Any, numbers: Numbers) -> str:
     if isinstance(argument, list | tuple):
-        return f"[{', '.join(map(_shown, argument))}]"
+        return f"[{', '.join(_shown(part, numbers) for part in argument)}]"
     if isinstance(argument, Dynamic):
         value = argument.value
-        return f"~{shape_class(value)}" if isinstance(value, torch.Tensor) else "~"
+        return f"~{shape_class(value, numbers)}" if isinstance(value, torch.Tensor) else "~"
     if isinstance(argument, torch.Tensor):
         return f"{argument.dtype}{list(argument.shape)}"
     return repr(argument)
 
 
-def shape_class(value: torch.Tensor) -> str:
+def shape_class(value: torch.Tensor, numbers: Numbers = NONE) -> str:
     """Dtype and shape, all but the last size rounded up to a power of two.
 
     Example:
         >>> shape_class(torch.empty(3, 100, 64))
         'torch.float32[4, 128, 64]'
     """
-    *lead, last = sizes(value) or [1]
+    *lead, last = sizes(value, numbers) or [1]
     return f"{value.dtype}{[*(1 << max(0, size - 1).bit_length() for size in lead), last]}"
 
 
-def sizes(value: torch.Tensor) -> list[int]:
-    """The sizes of a tensor; of a symbolic one those of the example that it was captured with."""
-    return [size if isinstance(size, int) else int(size.node.hint) for size in value.shape]
+def sizes(value: torch.Tensor, numbers: Numbers = NONE) -> list[int]:
+    """The sizes of a tensor; symbolic ones with these numbers, or as they were captured."""
+    return [size if isinstance(size, int) else _number(size, numbers) for size in value.shape]
 
 
-def is_small(call: Call) -> bool:
-    """Whether a call is too small to be worth measuring, at the sizes of the example."""
+def _number(size: Any, numbers: Numbers) -> int:
+    given = {symbol: numbers.get(str(symbol)) for symbol in size.node.expr.free_symbols}
+    if None in given.values():
+        return int(size.node.hint)
+    return int(size.node.expr.xreplace(given))
+
+
+def is_small(call: Call, numbers: Numbers = NONE) -> bool:
+    """Whether a call is too small to be worth measuring."""
     tensors = [part.value if isinstance(part, Dynamic) else part
                for argument in call.arguments.values() for part in parts_of(argument)]
-    return sum(math.prod(sizes(t)) for t in tensors if isinstance(t, torch.Tensor)) < SMALLEST
+    return sum(math.prod(sizes(t, numbers)) for t in tensors
+               if isinstance(t, torch.Tensor)) < SMALLEST
 
 
 @functools.cache

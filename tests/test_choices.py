@@ -231,6 +231,17 @@ def test_a_question_is_of_a_class_of_shapes(monkeypatch: pytest.MonkeyPatch) -> 
     assert timings.question(call_of(torch.zeros(100, 3, dtype=torch.int64))) != questions[0]
 
 
+@pytest.mark.parametrize(("batch", "tokens", "shape"), [(1, 100, [1, 128]), (3, 64, [4, 64])])
+def test_a_question_has_the_sizes_of_the_example(clock: Callable[..., Clock], batch: int,
+                                                 tokens: int, shape: list[int]) -> None:
+    """Not those that a graph was captured with, where they are symbols."""
+    clock()
+    model = nn.Linear(SIZE, SIZE).eval()
+    bc.optimize(model, (torch.randn(batch, tokens, SIZE),), binary="w1a1", guard=None)
+    (key,) = (key for key in timings._known if choose.FLOAT in json.loads(key)[1])
+    assert f"torch.float32{[*shape, SIZE]}" in key
+
+
 def never() -> dict[str, float]:
     raise AssertionError("measured")
 
