@@ -9,7 +9,9 @@ import torch
 
 from bincompile.runtime.fresh import fresh
 
-Size = tuple[tuple[int, ...], torch.dtype]  # sizes and dtype of one result
+# Sizes and dtype of one result and, where its memory is in another order of axes, its strides.
+Size = (tuple[tuple[int, ...], torch.dtype]
+        | tuple[tuple[int, ...], torch.dtype, tuple[int, ...]])
 
 
 class Bound:
@@ -20,9 +22,9 @@ class Bound:
     Args:
         shape: of the run-time values, the size and dtype of each result. It reads the values'
             sizes and dtypes, never what they hold.
-        into: writes the results: called with the run-time values, then one contiguous tensor
-            for each result, of those sizes. It has to write all of each and to keep none of them;
-            the tensors never overlap the values.
+        into: writes the results: called with the run-time values, then one tensor for each
+            result, of those sizes and strides (contiguous where none are given). It has to write
+            all of each and to keep none of them; the tensors never overlap the values.
         several: whether the operator returns a tuple or a list, not a single tensor.
 
     Example:
@@ -46,4 +48,4 @@ class Bound:
 
     def fresh(self, *values: Any) -> tuple[torch.Tensor, ...]:
         """Tensors that `into` may write the results of these values to."""
-        return tuple(fresh(size, dtype) for size, dtype in self.shape(*values))
+        return tuple(fresh(*size) for size in self.shape(*values))

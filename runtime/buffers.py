@@ -30,13 +30,13 @@ class Layout:
     """Where results lie at certain sizes.
 
     Args:
-        places: offset, size and dtype of each result inside, in the order of the program.
+        places: offset, size, strides and dtype of each result inside, in the order of the program.
         given: of each result that the caller gets, the function that makes it, size, strides and
             dtype.
         nbytes: memory that the results inside need together.
     """
 
-    places: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
+    places: tuple[tuple[int, tuple[int, ...], tuple[int, ...], torch.dtype], ...]
     given: tuple[tuple[Callable[..., torch.Tensor], tuple[int, ...], tuple[int, ...],
                        torch.dtype], ...]
     nbytes: int
@@ -48,17 +48,18 @@ class Layout:
         Example:
             >>> sizes = [((4, 8), torch.float32)] * 3
             >>> layout = Layout.of(sizes, [(0, 1), (1, 2), (2, 3)])
-            >>> [offset for offset, _, _ in layout.places], layout.nbytes
+            >>> [offset for offset, *_ in layout.places], layout.nbytes
             ([0, 128, 0], 256)
         """
         inside = [(size, life) for size, life in zip(sizes, lifetimes, strict=True)
                   if life is not None]
         offsets, total = _placed([_nbytes(size) for size, _ in inside],
                                  [life for _, life in inside])
-        places = tuple((offset, *size) for offset, (size, _) in zip(offsets, inside, strict=True))
-        given = tuple((large if _nbytes((shape, dtype)) >= LARGE else torch.empty_strided,
-                       shape, contiguous(shape), dtype) for (shape, dtype), life
-                      in zip(sizes, lifetimes, strict=True) if life is None)
+        places = tuple((offset, size[0], _strides(size), size[1])
+                       for offset, (size, _) in zip(offsets, inside, strict=True))
+        given = tuple((large if _nbytes(size) >= LARGE else torch.empty_strided,
+                       size[0], _strides(size), size[1])
+                      for size, life in zip(sizes, lifetimes, strict=True) if life is None)
         return cls(places, given, total)
 
 
@@ -79,8 +80,12 @@ def _placed(sizes: Sequence[int], lifetimes: Sequence[tuple[int, int]]) -> tuple
     return offsets, max((o + s for o, s in zip(offsets, sizes, strict=True)), default=0)
 
 
+def _strides(size: Size) -> tuple[int, ...]:
+    return size[2] if len(size) == 3 else contiguous(size[0])
+
+
 def _nbytes(size: Size) -> int:
-    shape, dtype = size
+    shape, dtype = size[:2]
     return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
@@ -113,11 +118,12 @@ class Arena:
             self._views[layout] = tuple(self._view(*place) for place in layout.places)
         return self._views[layout]
 
-    def _view(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def _view(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...],
+              dtype: torch.dtype) -> torch.Tensor:
         used = math.prod(shape) * dtype.itemsize
         if not used:
-            return torch.empty(shape, dtype=dtype, device="cpu")
-        return self._memory[offset:offset + used].view(dtype).view(shape)
+            return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+        return self._memory[offset:offset + used].view(dtype).as_strided(shape, strides)
 
 
 class Memory:
@@ -167,5 +173,5 @@ class Memory:
 
 def recorded(sizes: list[Size], bound: Bound, *values: Any) -> Any:
     """What a kernel gives in fresh memory; the sizes of its results go to the list."""
-    sizes.extend((tuple(size), dtype) for size, dtype in bound.shape(*values))
+    sizes.extend((tuple(size), *rest) for size, *rest in bound.shape(*values))
     return bound(*values)

@@ -21,16 +21,18 @@ _PAGE = 2 * 2**20
 _CPU = torch.device("cpu")
 
 
-def fresh(size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A contiguous tensor on the processor, not filled.
+def fresh(size: tuple[int, ...], dtype: torch.dtype,
+          strides: tuple[int, ...] | None = None) -> torch.Tensor:
+    """A tensor on the processor, not filled; contiguous where no strides are given.
 
     Example:
         >>> fresh((2, 3), torch.float32).stride()
         (3, 1)
     """
-    if math.prod(size) * dtype.itemsize < LARGE:
+    if strides is None and math.prod(size) * dtype.itemsize < LARGE:
         return torch.empty(size, dtype=dtype, device=_CPU)
-    return large(size, contiguous(size), dtype=dtype, device=_CPU)
+    make = large if math.prod(size) * dtype.itemsize >= LARGE else torch.empty_strided
+    return make(size, strides or contiguous(size), dtype=dtype, device=_CPU)
 
 
 def contiguous(size: tuple[int, ...]) -> tuple[int, ...]:

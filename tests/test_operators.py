@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bases_formulas import binary_bases_linear, fit_bases, int8_rows
 from torch.utils import _pytree as pytree
 
 from bincompile.errors import BincompileError
@@ -84,6 +85,8 @@ def signs_of(packed: torch.Tensor, features: int) -> torch.Tensor:
 def linear(x, signs, weight_scale, bias, activation, activation_scale, shift):
     """A binary linear layer, row by row from its definition."""
     x, factor = x if shift is None else x + shift, torch.ones(())
+    if activation == "int8":
+        x, factor = int8_rows(x)
     if activation == "binary":
         factor = x.abs().mean(-1, keepdim=True) if activation_scale is None else activation_scale
         x = torch.where(x >= 0, 1.0, -1.0).double()
@@ -150,7 +153,12 @@ def binary_attention(query, key, value, bias, mask, drop, threshold, scale, caus
         weights = attention(*rows, eye, bias, mask, scale, None, causal, "zero", False)[0]
     powers = weights / weights.amax(-1, keepdim=True) if weights.numel() else weights
     powers = powers.nan_to_num()
-    if probabilities != "float":
+    if probabilities == "uint8":
+        sizes = value.abs().mean(-1).unsqueeze(-2)
+        most = (powers * sizes).amax(-1, keepdim=True)
+        counts = (255 * powers * sizes / most).nan_to_num().round() * most / sizes / 255
+        weights = (counts / powers.sum(-1, keepdim=True)).nan_to_num()
+    elif probabilities != "float":
         counts = (powers * 127).round() if probabilities == "int8" else (
             (powers >= threshold.clamp(max=1.0)[:, None, None]) & (powers > 0)).double()
         weights = (counts / counts.sum(-1, keepdim=True)).nan_to_num()
@@ -264,7 +272,7 @@ def fused_rows(inputs, body):
 FORMULAS = {f.__name__: f for f in (
     attention, binary_attention, binary_embedding, binary_embedding_bag, binary_linear, embedding,
     embedding_bag, fake_binary_linear, fake_binary_rows, fake_bitorch_linear, fake_signs,
-    fused_rows, pack_bases, pack_signs)}
+    fused_rows, pack_bases, pack_signs, binary_bases_linear, fit_bases)}
 
 
 def test_every_operator_has_an_independent_formula() -> None:

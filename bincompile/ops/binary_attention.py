@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -12,10 +13,11 @@ from bincompile.errors import InputError, InputTypeError
 from bincompile.op import Operator, Sample, Tolerance
 from bincompile.ops import bits
 
-PROBABILITIES = ("float", "binary", "int8")
+PROBABILITIES = ("float", "binary", "int8", "uint8")
 VALUES = ("float", "binary")
 CLIP = 2.0  # the gradient of a sign passes where |x| <= CLIP * its row's scale
-LEVELS = 127.0
+LEVELS = {"int8": 127.0, "uint8": 255.0}
+DOUBTFUL = 1e-3  # a rounding nearer than this to one half may fall to the other side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +29,11 @@ class _Parts:
     value: torch.Tensor
     powers: torch.Tensor
     counts: torch.Tensor
+    total: torch.Tensor
 
     @property
     def weights(self) -> torch.Tensor:
-        return _shares(self.counts)
+        return _shares(self.counts, self.total)
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,19 +42,37 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return bits.sign(wide), bits.row_scale(wide)
 
 
-def _shares(counts: torch.Tensor) -> torch.Tensor:
-    total = counts.sum(-1, keepdim=True)
+def _shares(counts: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     return torch.where(total == 0, 0.0, counts / total)
 
 
-def _counted(powers: torch.Tensor, probabilities: str,
-             threshold: torch.Tensor | None) -> torch.Tensor:
-    if probabilities == "float":
-        return powers
+def _levels(powers: torch.Tensor, value_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """With "uint8", what is rounded to whole numbers, and the weight that one of them stands for.
+
+    They are those of the values' signs; a row without a key has neither.
+    """
+    products = powers * value_scale.mT
+    if not products.shape[-1]:
+        return products, powers.sum(-1, keepdim=True)
+    most = products.amax(-1, keepdim=True)
+    return torch.where(most == 0, 0.0, products * (LEVELS["uint8"] / most)), most / LEVELS["uint8"]
+
+
+def _counted(powers: torch.Tensor, probabilities: str, threshold: torch.Tensor | None,
+             value_scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The counts c of keys, and what they are divided by."""
+    counts, total = powers, None
     if probabilities == "int8":
-        return (powers * LEVELS).round()
-    kept = (powers >= _limit(powers, threshold)) & (powers > 0)
-    return torch.where(powers.isnan(), powers, kept.to(powers.dtype))
+        counts = (powers * LEVELS["int8"]).round()
+    elif probabilities == "binary":
+        kept = (powers >= _limit(powers, threshold)) & (powers > 0)
+        counts = torch.where(powers.isnan(), powers, kept.to(powers.dtype))
+    elif probabilities == "uint8":
+        assert value_scale is not None
+        levels, unit = _levels(powers, value_scale)
+        size, total = value_scale.mT, powers.sum(-1, keepdim=True)
+        counts = torch.where(size > 0, levels.round() * unit / size, powers)
+    return counts, counts.sum(-1, keepdim=True) if total is None else total
 
 
 def _limit(powers: torch.Tensor, threshold: torch.Tensor | None) -> torch.Tensor:
@@ -63,7 +84,7 @@ def _limit(powers: torch.Tensor, threshold: torch.Tensor | None) -> torch.Tensor
 def _parts(query, key, value, bias, mask, threshold, scale, causal, probabilities,
            values) -> _Parts:
     (q, q_scale), (k, k_scale) = _rows(query), _rows(key)
-    scores = (q @ k.mT) * q_scale * k_scale.mT * scale
+    scores = (q @ k.mT) * (q_scale * scale) * k_scale.mT
     if bias is not None:
         scores = scores + bias
     if mask is not None:
@@ -74,10 +95,12 @@ def _parts(query, key, value, bias, mask, threshold, scale, causal, probabilitie
     if scores.shape[-1]:
         top = scores.amax(-1, keepdim=True)
         scores = (scores - torch.where(top == -math.inf, 0.0, top)).exp()
-    v = value.to(scores.dtype)
+    v, v_scale = value.to(scores.dtype), None
     if values == "binary":
-        v = torch.mul(*_rows(v))
-    return _Parts(q * q_scale, k * k_scale, v, scores, _counted(scores, probabilities, threshold))
+        signs, v_scale = _rows(v)
+        v = signs * v_scale
+    return _Parts(q * q_scale, k * k_scale, v, scores,
+                  *_counted(scores, probabilities, threshold, v_scale))
 
 
 def _reference(query, key, value, bias, mask, drop, threshold, scale, causal=False,
@@ -89,6 +112,10 @@ def _reference(query, key, value, bias, mask, drop, threshold, scale, causal=Fal
     causal, where j > i; e = exp(scores - their largest), which is in [0, 1]. Then c is e itself
     ("float"), round(127 e) ("int8"), or 1 where e >= min(threshold, 1) of its head, else 0
     ("binary"). v is value, or sign(value) * s(value). `drop` is a factor of each weight.
+
+    "uint8", for binary values, rounds what each sign is multiplied by: with p = e s(v) and P the
+    largest p of the row, the result is (sum of round(255 p / P) sign(v)) * P / 255 / sum(e). Its
+    weights are round(255 p / P) * P / 255 / s(v) / sum(e), or e / sum(e) where s(v) is 0.
     """
     parts = _parts(query, key, value, bias, mask, threshold, scale, causal, probabilities, values)
     weights = parts.weights
@@ -127,6 +154,9 @@ def _check(query, key, value, bias, mask, drop, threshold, scale, causal=False,
         if found not in allowed:
             raise InputError(f"{name}={found!r}", " or ".join(map(repr, allowed)),
                              f"the {name} argument")
+    if probabilities == "uint8" and values != "binary":
+        raise InputError(f"probabilities='uint8' with values={values!r}",
+                         "values='binary', whose scales it rounds too", "the values argument")
     heads = (query.shape[1],)
     if (probabilities == "binary") != (threshold is not None) or (
             threshold is not None and tuple(threshold.shape) != heads):
@@ -151,7 +181,7 @@ def _backward(ctx, grad, grad_weights):
     query, key, value, bias, mask, drop, threshold = ctx.saved_tensors
     parts = _parts(query, key, value, bias, mask, threshold, ctx.scale, ctx.causal,
                    ctx.probabilities, ctx.values)
-    weights, shares = parts.weights, _shares(parts.powers)
+    weights, shares = parts.weights, _shares(parts.powers, parts.powers.sum(-1, keepdim=True))
     g = grad.to(weights.dtype)
     factor = 1.0 if drop is None else drop.to(weights.dtype)
     inner = (g @ parts.value.mT) * factor
@@ -183,13 +213,30 @@ def _threshold_gradient(parts: _Parts, inner: torch.Tensor, weights: torch.Tenso
     return -torch.where(total == 0, 0.0, moved / total).sum((0, 2))
 
 
+def _doubtful_rows(bound: Mapping[str, Any]) -> torch.Tensor | None:
+    """Rows with a probability that other rounding before it may take to the next level."""
+    kind = bound["probabilities"]
+    if kind == "float":
+        return None
+    given = {name: bound[name] for name in ("query", "key", "value", "bias", "mask", "threshold",
+                                            "scale", "causal", "values")}
+    powers = _parts(probabilities="float", **given).powers
+    if kind == "binary":
+        near = ((powers - _limit(powers, bound["threshold"])).abs() < DOUBTFUL) & (powers < 1)
+        return near.any(-1).flatten()
+    levels = (_levels(powers, _rows(bound["value"])[1])[0] if kind == "uint8"
+              else powers * LEVELS["int8"])
+    return ((levels - levels.floor() - 0.5).abs() < DOUBTFUL).any(-1).flatten()
+
+
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     def normal(*shape: int, grad: bool = False) -> torch.Tensor:
         return torch.randn(shape, generator=generator).requires_grad_(grad)
 
     kept = torch.rand(2, 1, 3, 4, generator=generator) > 0.4
     kept[0, 0, 2] = False
-    for kind, values in (("float", "float"), ("int8", "float"), ("binary", "binary")):
+    for kind, values in (("float", "float"), ("int8", "float"), ("binary", "binary"),
+                         ("uint8", "binary")):
         limit = normal(2).abs().requires_grad_() if kind == "binary" else None
         rest = {"probabilities": kind, "values": values}
         q, k, v = (normal(2, 2, n, e, grad=True) for n, e in ((3, 9), (4, 9), (4, 5)))
@@ -213,6 +260,7 @@ def _bad_samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample((q, k, k, None, torch.ones(5, 7), None, None, 1.0), error="mask")
     yield Sample((q, k, k, *none, 1.0), {"values": "ternary"}, error="values='ternary'")
     yield Sample((q, k, k, *none, 1.0), {"probabilities": "no"}, error="probabilities='no'")
+    yield Sample((q, k, k, *none, 1.0), {"probabilities": "uint8"}, error="values='float'")
     yield Sample((q, k, k, *none, 1.0), binary, error="threshold")
     yield Sample((q, k, k, None, None, None, torch.ones(2), 1.0), binary, error="threshold")
     yield Sample((q, k, k, None, None, None, torch.ones(3), 1.0), error="threshold")
@@ -229,6 +277,7 @@ binary_attention = Operator(
     samples=_samples,
     bad_samples=_bad_samples,
     signs_of=lambda bound: [bound["query"], bound["key"]],
+    doubtful_rows=_doubtful_rows,
     tolerance=Tolerance(rtol=2e-5, atol=2e-5),
     backward=(_setup_context, _backward),
     source="1-bit query and key: BinaryAttention, arXiv:2603.09582; {0, 1} probabilities: BiT, "
