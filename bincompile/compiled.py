@@ -10,6 +10,7 @@ import torch
 
 from bincompile.config import Target
 from bincompile.errors import ConfigError, ContinualError, InputError, InputTypeError
+from bincompile.profile import Profile, profile
 from bincompile.program import Program
 from bincompile.record import parsed
 from bincompile.report import Report
@@ -90,9 +91,25 @@ class CompiledModel:
         """
         return holdings(self._program, self._executable)
 
-    def explain(self) -> dict[str, list[tuple[str, str]]]:
-        """For each operator of ours, every kernel and whether it was chosen or why not."""
-        return self._executable.explain()
+    def explain(self, args: tuple[Any, ...] | None = None,
+                kwargs: dict[str, Any] | None = None, *, repeats: int = 30,
+                ) -> dict[str, list[tuple[str, str]]] | Profile:
+        """Which kernel runs what, or where the time of a call goes.
+
+        Args:
+            args: positional inputs of a call to time; without args and kwargs nothing is run.
+            kwargs: its named inputs.
+            repeats: how often the call is made.
+
+        Returns:
+            Without inputs, for each node of ours every kernel and whether it was chosen or why not.
+            With inputs a `Profile`: the median time of each node, ours and torch's, its kernel and
+            its share; it prints as tables.
+        """
+        if args is None and kwargs is None:
+            return self._executable.explain()
+        flat = self._program.signature.flatten(tuple(args or ()), dict(kwargs or {}))
+        return profile(self._program, self._executable, flat, repeats)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         signature = self._program.signature

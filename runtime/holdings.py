@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bincompile.op import Operator
 from bincompile.program import Program
@@ -52,7 +53,8 @@ def _tensors(roots: Iterable[Any]) -> Iterator[torch.Tensor]:
         seen.add(id(value))
         kept.append(value)
         if isinstance(value, torch.Tensor):
-            yield value
+            if not (isinstance(value, FakeTensor) or value.is_meta):
+                yield value
         elif (foreign := sys.modules.get("tvm_ffi")) and isinstance(value, foreign.Tensor):
             yield torch.from_dlpack(value)
         else:

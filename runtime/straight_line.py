@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ _METHODS = {_ATEN.view.default: "view", _ATEN.reshape.default: "reshape",
 
 def straight_line(module: fx.GraphModule, calls: Mapping[str, Call],
                   bound: Mapping[str, Callable[..., Any]],
+                  clock: Callable[[str, float], None] | None = None,
                   ) -> tuple[Callable[..., tuple[Any, ...]], Memory]:
     """The function of the flat inputs to the flat outputs, and its planned memory.
 
@@ -36,10 +38,13 @@ def straight_line(module: fx.GraphModule, calls: Mapping[str, Call],
         module: the graph and its stored tensors.
         calls: the calls of our operators, by node.
         bound: their kernels.
+        clock: called with each node's name and seconds, if it is given.
     """
     places = planned(module.graph, bound)
     memory = Memory(lifetimes(module.graph, places))
     writer = _Writer(module, calls, bound, places, memory)
+    writer.clocked = clock is not None
+    writer.scope |= {"clock": clock, "now": time.perf_counter}
     source = writer.first() + writer.again() if places else writer.unplanned()
     exec(compile(source, FILE, "exec"), writer.scope)
     return writer.scope["again"], memory
@@ -52,7 +57,7 @@ class _Writer:
                  bound: Mapping[str, Callable[..., Any]], places: Mapping[fx.Node, int],
                  memory: Memory) -> None:
         self.module, self.calls, self.bound, self.places = module, calls, bound, places
-        self.memory = memory
+        self.memory, self.clocked = memory, False
         self.scope: dict[str, Any] = {
             "layouts": memory.layouts, "keep": memory.keep, "take": memory.take,
             "give": memory.give, "recorded": recorded, "cpu": torch.device("cpu")}
@@ -116,6 +121,8 @@ class _Writer:
             unread = [node] if node not in self.last else []
             if done or unread:
                 lines[-1] += "; del " + ", ".join(self.names[n] for n in (*done, *unread))
+            if self.clocked:
+                lines[-1] = f"start = now(); {lines[-1]}; clock({node.name!r}, now() - start)"
         return lines
 
     def result(self) -> list[str]:

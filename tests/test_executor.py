@@ -189,3 +189,19 @@ def test_what_lives_at_the_same_time_never_overlaps(lifetimes):
             for j, (c, d) in enumerate(spans[:i]):
                 apart = lifetimes[i][1] < lifetimes[j][0] or lifetimes[j][1] < lifetimes[i][0]
                 assert apart or b <= c or d <= a, (spans, lifetimes)
+
+
+def test_explain_gives_the_time_of_every_node(stack):
+    compiled, _ = stack
+    x = torch.randn(3, 5, 24)
+    profile = compiled.explain((x,), repeats=3)
+    ours = {timed.node: timed.kernel for timed in profile.nodes if timed.kernel != "torch"}
+    assert ours == dict(compiled.executable.kernels)
+    assert all(timed.microseconds > 0 for timed in profile.nodes) and profile.microseconds > 0
+    assert sum(profile.by_operator.values()) == pytest.approx(
+        sum(timed.microseconds for timed in profile.nodes))
+    assert "aten.chunk" in str(profile) or "aten.split" in str(profile)
+    assert profile.to_dict()["threads"] == torch.get_num_threads()
+    assert compiled.explain() == compiled.executable.explain()
+    with pytest.raises(bc.errors.InputError):
+        compiled.explain((torch.randn(3, 25),))
