@@ -22,7 +22,7 @@ from bincompile.ops import bits
 MODES = ("majority", "sum", "mean", "max")
 BAD = [
     {"num_embeddings": 0}, {"embedding_dim": True}, {"embedding_dim": 2.0}, {"padding_idx": 7},
-    {"padding_idx": -8}, {"padding_idx": True}, {"bases": 0}, {"bases": 4}, {"bases": True},
+    {"padding_idx": -8}, {"padding_idx": True}, {"bases": 0}, {"bases": 9}, {"bases": True},
     {"packed": 1}, {"dtype": torch.int8}, {"learn_scale": "yes"},
     {"learn_scale": True, "packed": False},
 ]
@@ -307,9 +307,9 @@ def test_bags_with_offsets_and_weights_compile(packed: bool, bases: int) -> None
     args = torch.randint(9, (11,)), torch.tensor([0, 4, 4, 9]), torch.rand(11)
     compiled = bc.optimize(layer, args)
     assert compiled.report.rewrites[0].operator == "binary_embedding_bag"
-    assert torch.equal(compiled(*args), layer(*args))
     more = torch.randint(9, (30,)), torch.tensor([0, 7, 29]), torch.rand(30)
-    assert torch.equal(compiled(*more), layer(*more))
+    for given in (args, more):  # torch rounds a weighted row once less
+        torch.testing.assert_close(compiled(*given), layer(*given), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layer", [BinaryEmbedding(7, 13, 3, bases=2),

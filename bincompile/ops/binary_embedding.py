@@ -54,7 +54,7 @@ def _bad_samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample((torch.tensor([0]), table, scale, 17), error="uint8")
     yield Sample((torch.tensor([0]), table, scale[:2], 16), error="row_scale")
     yield Sample((torch.tensor([0]), table, torch.ones(4, 2), 16), error="(num_embeddings, 4)")
-    yield Sample((torch.tensor([0]), table, torch.ones(4, 4), 16), error="row_scale")
+    yield Sample((torch.tensor([0]), table, torch.ones(4, 9), 16), error="row_scale")
 
 
 binary_embedding = Operator(
