@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from bincompile.compiled import CompiledModel, DeferredModel
 from bincompile.config import VIOLATIONS, Binary, Continual, Guard, Target
-from bincompile.errors import ConfigError, ContinualError, InputTypeError
+from bincompile.errors import ConfigError, ContinualError, InputError, InputTypeError
 from bincompile.passes import choose
 from bincompile.passes.binarise import sites
 from bincompile.passes.capture import Captured, capture
@@ -181,12 +181,17 @@ class Options:
         return dataclasses.replace(
             result, refusals=(*result.refusals, *choose.refusals(found, kept)), choices=kept)
 
-    def finish(self, captured: Captured, program: Program,
-               weights: Sequence[torch.Tensor] = ()) -> CompiledModel:
-        """The program lowered, bound and proven; `weights` are inputs behind the example's."""
+    def finish(self, captured: Captured, program: Program, weights: Sequence[torch.Tensor] = (),
+               example: Sequence[Any] | None = None) -> CompiledModel:
+        """The program lowered, bound and proven.
+
+        `weights` are inputs behind the example's; kernels are timed on `example`, or else on the
+        inputs that the program was captured with.
+        """
         program = run(LOWER, program)
         _dump(program)
-        program, executable = self._bound(program, captured, weights)
+        example = captured.example if example is None else example
+        program, executable = self._bound(program, example, weights)
         if captured.example is not None:
             whole = prove_whole(captured.model, program, executable, captured.example, weights)
             program = dataclasses.replace(program, notes=(*program.notes, whole.note))
@@ -195,13 +200,13 @@ class Options:
                 program, executable = relaid, bind(relaid, self.target, executable.kernels)
         return CompiledModel(program, executable, self.target)
 
-    def _bound(self, program: Program, captured: Captured,
+    def _bound(self, program: Program, example: Sequence[Any] | None,
                weights: Sequence[torch.Tensor]) -> tuple[Program, Executable]:
         """The program with a kernel for each operator: as chosen, or else by measurement."""
         executable = bind(program, self.target, choose.kernel_names(self.choices or {}))
         found = choose.explained(self.choices or {})
-        if self.choices is None and captured.example is not None:
-            found = choose.measured_kernels(program, executable, [*captured.example, *weights])
+        if self.choices is None and example is not None:
+            found = choose.measured_kernels(program, executable, [*example, *weights])
             if found:
                 executable = bind(program, self.target, choose.kernel_names(found))
         return choose.noted(program, found), executable
@@ -209,14 +214,27 @@ class Options:
     def compile(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledModel:
         """The whole pipeline on one call of the model."""
         captured = self.capture(model, args, kwargs)
-        program = self.rewrite(captured.program, captured.example)
+        example = _as_called(captured, args, kwargs)
+        program = self.rewrite(captured.program, example)
         try:
-            return self.finish(captured, program)
+            return self.finish(captured, program, example=example)
         except ResultError as error:
             if program.lossy or not program.matches:
                 raise
             log.warning("no rewrite is kept: %s", error.found)
-            return self.finish(captured, _without_rewrites(program, error))
+            return self.finish(captured, _without_rewrites(program, error), example=example)
+
+
+def _as_called(captured: Captured, args: tuple[Any, ...],
+               kwargs: dict[str, Any]) -> Sequence[Any] | None:
+    """The flat inputs of the user's call; the capture's own where it was made at other sizes that
+    alone are allowed, as a batch of 1 is grown."""
+    if captured.example is None:
+        return None
+    try:
+        return captured.program.signature.flatten(args, kwargs)
+    except InputError:
+        return captured.example
 
 
 def _without_rewrites(program: Program, error: ResultError) -> Program:

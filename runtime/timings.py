@@ -38,6 +38,7 @@ Times = dict[str, float]  # milliseconds of each candidate
 Clock = Callable[[], float]
 Numbers = Mapping[str, int]  # a size for each symbol
 NONE: Numbers = {}
+UNKNOWN = 2  # a size that is known at run time only
 _known: dict[str, Times] = {}
 
 
@@ -196,11 +197,16 @@ def shape_class(value: torch.Tensor, numbers: Numbers = NONE) -> str:
 
 
 def sizes(value: torch.Tensor, numbers: Numbers = NONE) -> list[int]:
-    """The sizes of a tensor; symbolic ones with these numbers, or as they were captured."""
+    """The sizes of a tensor; symbolic ones with these numbers, or as they were captured.
+
+    Those of a program that was loaded are texts.
+    """
     return [size if isinstance(size, int) else _number(size, numbers) for size in value.shape]
 
 
 def _number(size: Any, numbers: Numbers) -> int:
+    if isinstance(size, str):
+        return numbers.get(size, int(size) if size.isdecimal() else UNKNOWN)
     given = {symbol: numbers.get(str(symbol)) for symbol in size.node.expr.free_symbols}
     if None in given.values():
         return int(size.node.hint)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bincompile.body import Body, Name, Statement
+from bincompile.config import Target
 from bincompile.ops import OPERATORS
 from bincompile.ops.row_ops import ROW_OPS, interpret
 from bincompile.runtime.kernels import Call, Dynamic, Kernel, choose, host_reason
@@ -42,8 +43,9 @@ def _bind(call: Call) -> Callable[..., list[torch.Tensor]]:
     """Values are numbered: the inputs first, then what the statements give."""
     body, inputs = Body.parse(call.value("body")), list(call.arguments[INPUTS])
     places = [i for i, value in enumerate(inputs) if isinstance(value, Dynamic)]
-    stored = [None if isinstance(value, Dynamic) else value for value in inputs]
-    steps = _steps(call, body, inputs)
+    steps = _steps(call.target, body, inputs)
+    read = {i for step in steps for i in step.reads}  # not what a kernel holds in its own form
+    stored = [value if i in read and i not in places else None for i, value in enumerate(inputs)]
     results = tuple(len(inputs) + name.index for name in body.results)
 
     def run(*given: torch.Tensor) -> list[torch.Tensor]:
@@ -59,7 +61,7 @@ def _bind(call: Call) -> Callable[..., list[torch.Tensor]]:
     return run
 
 
-def _steps(call: Call, body: Body, inputs: Sequence[Any]) -> list[_Step]:
+def _steps(target: Target, body: Body, inputs: Sequence[Any]) -> list[_Step]:
     seen: list[tuple[Any, ...]] = []
     interpret(body, [_shape(value) for value in inputs], lambda _, args: seen.append(args))
     last: dict[int, int] = {}
@@ -69,7 +71,7 @@ def _steps(call: Call, body: Body, inputs: Sequence[Any]) -> list[_Step]:
     steps = []
     for step, (statement, shapes) in enumerate(zip(body.statements, seen, strict=True)):
         make = _kernel if statement.op in OPERATORS else _torch
-        function, reads = make(call, statement, shapes, inputs)
+        function, reads = make(target, statement, shapes, inputs)
         done = tuple(i for i, at in last.items() if at == step and i not in kept)
         steps.append(_Step(function, reads, done))
     return steps
@@ -85,7 +87,7 @@ def _shape(value: Any) -> torch.Tensor:
     return torch.empty(sizes(like), dtype=like.dtype, device="meta")
 
 
-def _kernel(call: Call, statement: Statement, shapes: Sequence[Any],
+def _kernel(target: Target, statement: Statement, shapes: Sequence[Any],
             inputs: Sequence[Any]) -> tuple[Callable[..., Any], tuple[int, ...]]:
     """An operation of ours by the kernel that it has alone."""
     arguments, reads = [], []
@@ -99,11 +101,11 @@ def _kernel(call: Call, statement: Statement, shapes: Sequence[Any],
         else:
             arguments.append(known)
     operator = OPERATORS[statement.op]
-    inner = Call(operator, operator.bind(tuple(arguments), {}), call.target)
+    inner = Call(operator, operator.bind(tuple(arguments), {}), target)
     return choose(inner).bind(inner), tuple(reads)
 
 
-def _torch(call: Call, statement: Statement, shapes: Sequence[Any],
+def _torch(target: Target, statement: Statement, shapes: Sequence[Any],
            inputs: Sequence[Any]) -> tuple[Callable[..., Any], tuple[int, ...]]:
     """An operation of torch, of the values that it reads."""
     reference, template = ROW_OPS[statement.op].reference, list(statement.args)
