@@ -86,12 +86,17 @@ class Written:
 
     @property
     def complete(self) -> bool:
-        """Whether all leading axes that have to be written are known, but for one of each."""
-        wanted = {shape_of(n)[:-1] for n in self.region.results
-                  if not agree(shape_of(n)[:-1], self.region.lead)}
+        """Whether all leading axes that have to be written are known.
+
+        One may be left to torch where no other of them can be 0.
+        """
+        wanted = [shape_of(n)[:-1] for n in self.region.results
+                  if not agree(shape_of(n)[:-1], self.region.lead)]
         if any(_other_axes(read, self.region) == "rows" for read in self.inputs):
-            wanted.add(self.region.lead)
-        return all(sum(self._missing(size) for size in lead) < 2 for lead in wanted)
+            wanted.append(self.region.lead)
+        return all(not (gaps := [size for size in lead if self._missing(size)])
+                   or (len(gaps) == 1 and sum(isinstance(size, int) for size in lead)
+                       == len(lead) - 1) for lead in wanted)
 
     def _missing(self, wanted: Any) -> bool:
         known = [*map(value_of, self.sizes), *(s for n, _ in self.inputs for s in shape_of(n))]
