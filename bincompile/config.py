@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 from bincompile.errors import ConfigError
 
-PRECISIONS = ("w1a1", "w1a32")
-PLANNED_PRECISIONS = ("w1a8", "auto")
+PRECISIONS = ("w1a1", "w1a8", "w1a32")
+PLANNED_PRECISIONS = ("auto",)
+BASES = (1, 2, 3, 4)
+KINDS = ("float", "binary")  # of attention, and of its values
 VIOLATIONS = ("fallback", "raise", "warn")
 
 
@@ -21,11 +23,18 @@ class Binary:
     """What to make binary in a float model. Lossy, so it is asked for and guarded.
 
     Args:
-        precision: `"w1a1"` (1-bit weights and activations) or `"w1a32"` (1-bit weights).
+        precision: `"w1a1"` (1-bit weights and activations), `"w1a8"` (8-bit activations with a
+            scale for each row) or `"w1a32"` (float activations).
         layers: glob over module paths; only layers that match are rewritten.
         keep: globs over module paths that stay float.
         linear: rewrite matrix products with a stored weight.
         embedding: rewrite look-up tables.
+        attention: "float", or "binary": queries and keys are 1 bit with a scale for each row.
+        values: with binary attention, "float", or "binary": values are 1 bit too, and what each
+            is multiplied by (its share of attention times its scale) is rounded to 8 bits, which
+            is the fastest form.
+        bases: how many 1-bit weights, each with a scale for each row, stand for one float weight:
+            1 to 4. More are nearer to it, and cost as many times the bytes and products.
 
     Example:
         >>> Binary("w1a32", layers="encoder.*", keep=("*.output.dense",)).covers("encoder.0.q")
@@ -37,13 +46,26 @@ class Binary:
     keep: tuple[str, ...] = ()
     linear: bool = True
     embedding: bool = True
+    attention: str = "float"
+    values: str = "float"
+    bases: int = 1
 
     def __post_init__(self) -> None:
+        if isinstance(self.bases, bool) or self.bases not in BASES:
+            raise ConfigError(f"Binary(bases={self.bases!r})", "an int from 1 to 4",
+                              "Binary(bases=)")
+        for name in ("attention", "values"):
+            if getattr(self, name) not in KINDS:
+                raise ConfigError(f"Binary({name}={getattr(self, name)!r})",
+                                  " or ".join(map(repr, KINDS)), f"Binary({name}=)")
+        if self.values == "binary" and self.attention != "binary":
+            raise ConfigError("Binary(values='binary') with float attention",
+                              "values='binary' with attention='binary'", "Binary(attention=)")
         if self.precision in PLANNED_PRECISIONS:
             raise ConfigError(
                 f"binary={self.precision!r} is not available yet",
                 " or ".join(map(repr, PRECISIONS)),
-                "use binary='w1a32' (1-bit weights) or binary='w1a1' (weights and activations)",
+                "use binary='w1a32' or 'w1a8' (1-bit weights) or 'w1a1' (weights and activations)",
             )
         if self.precision not in PRECISIONS:
             raise ConfigError(

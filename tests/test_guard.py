@@ -133,7 +133,6 @@ def test_bad_options_say_what_is_allowed(model):
     args = (batches(1, 0)[0],)
     for options, error, word in (
             ({"binary": "w2"}, bc.ConfigError, "w1a32"),
-            ({"binary": "w1a8"}, bc.ConfigError, "not available yet, use|not available yet"),
             ({"binary": "auto"}, bc.ConfigError, "not available yet"),
             ({"binary": 3}, bc.ConfigError, "a string"),
             ({"calibration": batches(2, 0)}, bc.ConfigError, "binary="),

@@ -281,6 +281,7 @@ def test_attention_of_every_rank_and_broadcast(
 def test_explain_gives_every_kernel_and_why_not() -> None:
     said = dict(explain(linear_call(8, 8)))
     assert said == {"tvm-w1a1": "chosen", "tvm-w1a32": "the activations are not float",
+                    "tvm-w1a8": "the activations are not int8",
                     "torch-byte-table": "accepts", "reference": "accepts"}
     unknown = dict(explain(linear_call(8, 8, Target("cpu"))))
     assert unknown["torch-byte-table"] == "chosen" and "no instruction set" in unknown["tvm-w1a1"]

@@ -30,7 +30,8 @@ class BinaryLinear(nn.Module):
         in_features: K, any size.
         out_features: N.
         bias: add a learned (N,) vector.
-        activation: "binary" uses sign(x + shift); "float" uses x + shift itself and no s(x).
+        activation: "binary" uses sign(x + shift); "float" uses x + shift itself and no s(x);
+            "int8" uses x + shift as 8-bit integers with a scale for each row.
         activation_scale: "row" (from each row as it comes) or "tensor" (see `calibrate`).
         weight_scale: "row" (one per output) or "tensor" (one for the matrix).
         shift: learn a (K,) vector that is added to the input before its sign is taken.
@@ -88,10 +89,10 @@ class BinaryLinear(nn.Module):
         self.activation = arguments.choice(name, "activation", activation, ACTIVATIONS)
         self.activation_scale = arguments.choice(name, "activation_scale", activation_scale, SCALES)
         self.weight_scale = arguments.choice(name, "weight_scale", weight_scale, SCALES)
-        if activation == "float" and activation_scale == "tensor":
-            raise ConfigError(f"{name}(activation='float', activation_scale='tensor')",
+        if activation != "binary" and activation_scale == "tensor":
+            raise ConfigError(f"{name}(activation={activation!r}, activation_scale='tensor')",
                               "a stored scale only with activation='binary'",
-                              "leave activation_scale out: float activations have no scale")
+                              "leave activation_scale out: only signs have a stored scale")
         if compat is None:
             arguments.without(name, "compat=None", symmetric=(symmetric, True))
         else:

@@ -11,7 +11,7 @@ import torch
 from bincompile.errors import InputError
 from bincompile.ops import bits
 
-MOST = 3  # bases
+MOST = 4  # bases
 
 
 def residual(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

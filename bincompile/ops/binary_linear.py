@@ -9,9 +9,9 @@ import torch
 
 from bincompile.errors import InputError, InputTypeError
 from bincompile.op import Operator, Sample, Tolerance
-from bincompile.ops import bits
+from bincompile.ops import bits, int8
 
-ACTIVATIONS = ("binary", "float")
+ACTIVATIONS = ("binary", "float", "int8")
 
 
 def accumulate(x: torch.Tensor, signs: torch.Tensor, activation: str,
@@ -23,8 +23,17 @@ def accumulate(x: torch.Tensor, signs: torch.Tensor, activation: str,
         wide = wide + shift.to(wide.dtype)
     if activation == "float":
         return wide @ signs.to(wide.dtype).mT, None
+    if activation == "int8":
+        return int8_products(wide, signs)
     row = bits.row_scale(wide) if scale is None else scale.to(wide.dtype)
     return bits.sign(wide) @ signs.to(wide.dtype).mT, row
+
+
+def int8_products(wide: torch.Tensor, signs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole sums of quantised rows (..., K) and signs (N, K), and the scales of the rows."""
+    numbers, row = int8.quantised(wide)
+    dtype = torch.promote_types(wide.dtype, int8.exact(wide.shape[-1]))
+    return (numbers.to(dtype) @ signs.to(dtype).mT).to(wide.dtype), row
 
 
 def finish(accumulated: torch.Tensor, row: torch.Tensor | None, weight_scale: torch.Tensor,
@@ -48,7 +57,7 @@ def _shape(x, weight, weight_scale, bias, in_features, activation="binary",
 
 
 def check_input(x: torch.Tensor, in_features: int, activation: str,
-                 shift: torch.Tensor | None) -> None:
+                shift: torch.Tensor | None) -> None:
     """Raise unless x is a float tensor (..., in_features) and `activation` is one that exists."""
     if not x.dtype.is_floating_point:
         raise InputTypeError(f"input of dtype {x.dtype}", "a float dtype", "the input's dtype")
@@ -65,6 +74,9 @@ def check_input(x: torch.Tensor, in_features: int, activation: str,
 def _check(x, weight, weight_scale, bias, in_features, activation="binary",
            activation_scale=None, shift=None):
     check_input(x, in_features, activation, shift)
+    if activation == "int8" and activation_scale is not None:
+        raise InputError("a stored activation_scale with activation='int8'",
+                         "scales of the rows themselves", "activation_scale=None")
     width = bits.packed_width(in_features)
     if weight.dtype != torch.uint8 or weight.ndim != 2 or weight.shape[1] != width:
         raise InputError(f"packed weight {weight.dtype} of shape {tuple(weight.shape)}",
@@ -105,6 +117,12 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample((x, weight, normal(1).abs(), None, 32, "binary"))
     yield Sample((x, weight, normal(1).abs(), None, 32, "binary", torch.tensor(0.5), normal(32)))
     yield Sample((x.nan_to_num(posinf=1.0), weight, normal(6), None, 32, "float", None, normal(32)))
+    hostile = normal(6, 32)
+    hostile[0], hostile[1], hostile[2] = 0.0, 1e-38, hostile[2] * 1e30
+    hostile[3, 7], hostile[4, 9], hostile[5] = float("nan"), -float("inf"), 2.5
+    yield Sample((hostile, weight, normal(6).abs(), normal(6), 32, "int8"))
+    yield Sample((normal(2, 3, 32), weight, normal(1), None, 32, "int8", None, normal(32)))
+    yield Sample((normal(5, 32).half(), weight, normal(6), normal(6), 32, "int8"))
     yield Sample((normal(5, 32).half(), weight, normal(6), normal(6), 32, "binary"))
     yield Sample((normal(5, 32).bfloat16(), weight, normal(6), normal(6), 32, "float"))
     yield Sample((normal(32, 5).T, weight, normal(6), None, 32, "binary"))
@@ -119,6 +137,7 @@ def _bad_samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample((x, weight, scale[:3], None, 16, "binary"), error="weight_scale")
     yield Sample((x, weight, scale, torch.ones(5), 16, "binary"), error="bias")
     yield Sample((x, weight, scale, None, 16, "ternary"), error="activation")
+    yield Sample((x, weight, scale, None, 16, "int8", torch.ones(())), error="activation_scale")
 
 
 binary_linear = Operator(
@@ -132,5 +151,5 @@ binary_linear = Operator(
     bad_samples=_bad_samples,
     signs_of=shifted_input,
     tolerance=Tolerance(rtol=1e-5, atol=1e-5),
-    source="XNOR-Net, arXiv:1603.05279 (scale: mean |x| of each row)",
+    source="XNOR-Net, arXiv:1603.05279 (scale: mean |x| of each row); int8: bincompile.ops.int8",
 )

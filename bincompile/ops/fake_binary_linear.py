@@ -8,7 +8,7 @@ import torch
 
 from bincompile.errors import InputError
 from bincompile.op import Operator, Sample, Tolerance
-from bincompile.ops import bits
+from bincompile.ops import bits, int8
 from bincompile.ops.binary_linear import (
     accumulate,
     check_input,
@@ -48,7 +48,8 @@ def _backward(ctx, grad):
     """With z = x + shift, s its scale, a the weight scale and b the sums of sign products:
 
     dx = (g a) @ sign(W), where |z| <= 2 s (everywhere for float activations); dW = (g a)^T @ u,
-    with u = s sign(z), or z; da = sum g s b; ds = sum g a b; dshift = sum dx; dbias = sum g.
+    with u = s sign(z), or z, or for int8 what z is rounded to; da = sum g s b; ds = sum g a b;
+    dshift = sum dx; dbias = sum g.
     """
     x, weight, weight_scale, activation_scale, shift = ctx.saved_tensors
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -59,6 +60,9 @@ def _backward(ctx, grad):
     if ctx.activation == "binary":
         row = bits.row_scale(z) if activation_scale is None else activation_scale.to(wide)
         dx, used = dx * (z.abs() <= CLIP * row), row * bits.sign(z)
+    elif ctx.activation == "int8":
+        numbers, scale = int8.quantised(z)
+        used = numbers * scale
     flat_g, flat_scaled, flat_used = (t.reshape(-1, t.shape[-1]) for t in (g, scaled, used))
     accumulated = flat_used @ signs.mT
     dscale = (flat_g * accumulated).sum(0)

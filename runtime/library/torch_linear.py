@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from bincompile.ops import bits
+from bincompile.ops import bits, int8
+from bincompile.ops.binary_bases_linear import combine
 from bincompile.ops.binary_linear import finish
 from bincompile.runtime.kernels import Call, Kernel, host_reason
 
@@ -30,15 +31,44 @@ def _supports(call: Call) -> str | None:
 def _linear(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor,
             bias: torch.Tensor | None, in_features: int, activation: str,
             activation_scale: torch.Tensor | None, shift: torch.Tensor | None) -> torch.Tensor:
-    wide, row = x.to(torch.promote_types(x.dtype, torch.float32)), None
+    used, row = _used(x, in_features, activation, activation_scale, shift)
+    return finish(_products(used, weight, in_features, _wide(x)), row, weight_scale, bias, x.dtype)
+
+
+def _bases_linear(x: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor,
+                  bias: torch.Tensor | None, in_features: int, activation: str,
+                  shift: torch.Tensor | None) -> torch.Tensor:
+    used, row = _used(x, in_features, activation, None, shift)
+    bases = weight.unflatten(-1, (weight_scale.shape[1], -1)).unbind(1)
+    products = [_products(used, base, in_features, _wide(x)) for base in bases]
+    return combine(products, row, weight_scale, bias, x.dtype)
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _used(x: torch.Tensor, in_features: int, activation: str,
+          activation_scale: torch.Tensor | None, shift: torch.Tensor | None,
+          ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What is multiplied with the signs, in a dtype that loses nothing, and the rows' scales."""
+    wide = x.to(_wide(x))
     if shift is not None:
         wide = wide + shift.to(wide.dtype)
-    if activation == "binary":
-        row = bits.row_scale(wide) if activation_scale is None else activation_scale.to(wide.dtype)
-        wide = bits.sign(wide)
-    products = [wide @ _unpacked(part, in_features).to(wide.dtype).mT
-                for part in weight.split(max(1, CHUNK // in_features))]
-    return finish(torch.cat(products, -1), row, weight_scale, bias, x.dtype)
+    if activation == "float":
+        return wide, None
+    if activation == "int8":
+        numbers, row = int8.quantised(wide)
+        return numbers.to(torch.promote_types(wide.dtype, int8.exact(in_features))), row
+    row = bits.row_scale(wide) if activation_scale is None else activation_scale.to(wide.dtype)
+    return bits.sign(wide), row
+
+
+def _products(used: torch.Tensor, weight: torch.Tensor, in_features: int,
+              dtype: torch.dtype) -> torch.Tensor:
+    """The sums with the signs of every output, some outputs at a time."""
+    return torch.cat([used @ _unpacked(part, in_features).to(used.dtype).mT
+                      for part in weight.split(max(1, CHUNK // in_features))], -1).to(dtype)
 
 
 def _unpacked(packed: torch.Tensor, features: int) -> torch.Tensor:
@@ -46,7 +76,10 @@ def _unpacked(packed: torch.Tensor, features: int) -> torch.Tensor:
 
 
 def _bind(call: Call) -> Callable[..., Any]:
-    return call.partial(_linear)
+    return call.partial(FUNCTIONS[call.operator.name])
 
 
-KERNEL = Kernel("torch-byte-table", "binary_linear", _supports, _bind, priority=10)
+FUNCTIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "binary_linear": _linear, "binary_bases_linear": _bases_linear}
+KERNELS = tuple(Kernel("torch-byte-table", name, _supports, _bind, priority=10)
+                for name in FUNCTIONS)
