@@ -12,7 +12,7 @@ from torch import fx
 from bincompile.body import Body, Name, Statement
 from bincompile.ops.fused_rows import fused_rows
 from bincompile.ops.row_ops import ROW_OPS
-from bincompile.passes.fuse_ops import Step
+from bincompile.passes.fuse_ops import Step, fixed
 from bincompile.passes.fuse_regions import Region, agree, reads_of
 from bincompile.passes.graph import aten, shape_of, value_of
 from bincompile.passes.sizes import equal
@@ -53,7 +53,7 @@ class Written:
 
     def _placed(self, build: Any, values: Mapping[fx.Node, Any], read: Read) -> Any:
         node, how = read
-        columns = [] if how == "indices" else [shape_of(node)[-1]] if shape_of(node) else []
+        columns = [] if how == "indices" else [fixed(size) for size in shape_of(node)[-1:]]
         kind = _other_axes(read, self.region)
         if not kind:
             return values[node]
@@ -65,7 +65,7 @@ class Written:
         if agree(shape_of(node)[:-1], self.region.lead):
             return made
         lead = self._lead(build, values, shape_of(node)[:-1])
-        return build.call(aten.reshape.default, made, [*lead, shape_of(node)[-1]])
+        return build.call(aten.reshape.default, made, [*lead, fixed(shape_of(node)[-1])])
 
     def _lead(self, build: Any, values: Mapping[fx.Node, Any], wanted: Sizes) -> list[Any]:
         found = [self._size(build, values, size) for size in wanted]
@@ -73,8 +73,8 @@ class Written:
 
     def _size(self, build: Any, values: Mapping[fx.Node, Any], wanted: Any) -> Any:
         """A size as a number or a node; None where nothing that is at hand has it."""
-        if isinstance(wanted, int):
-            return wanted
+        if fixed(wanted) is not None:
+            return fixed(wanted)
         for node in self.sizes:
             if equal(value_of(node), wanted):
                 return values[node]
@@ -95,12 +95,12 @@ class Written:
         if any(_other_axes(read, self.region) == "rows" for read in self.inputs):
             wanted.append(self.region.lead)
         return all(not (gaps := [size for size in lead if self._missing(size)])
-                   or (len(gaps) == 1 and sum(isinstance(size, int) for size in lead)
+                   or (len(gaps) == 1 and sum(fixed(size) is not None for size in lead)
                        == len(lead) - 1) for lead in wanted)
 
     def _missing(self, wanted: Any) -> bool:
         known = [*map(value_of, self.sizes), *(s for n, _ in self.inputs for s in shape_of(n))]
-        return not isinstance(wanted, int) and not any(equal(wanted, size) for size in known)
+        return fixed(wanted) is None and not any(equal(wanted, size) for size in known)
 
 
 def _other_axes(read: Read, region: Region) -> str:

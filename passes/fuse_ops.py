@@ -86,9 +86,10 @@ def _reduced(op: str) -> Rule:
 
 
 def _variance(given: Arguments, node: fx.Node) -> Step | None:
-    size, correction = shape_of(node.args[0])[-1], given["correction"]
+    size, correction = fixed(shape_of(node.args[0])[-1]), given["correction"]
     correction = 1 if correction is None else correction
-    if not given["keepdim"] or not _last(given["dim"], node) or not size > correction:
+    if not given["keepdim"] or not _last(given["dim"], node) or size is None \
+            or size <= correction:
         return None
     middle = Step("sub", (given["self"], Step("mean", (given["self"],))))
     return Step("mul", (Step("mean", (Step("mul", (middle, middle)),)),
@@ -101,13 +102,14 @@ def _softmax(given: Arguments, node: fx.Node) -> Step | None:
 
 
 def _layer_norm(given: Arguments, node: fx.Node) -> Step | None:
-    if list(given["normalized_shape"]) != [shape_of(node)[-1]]:
+    if [*map(fixed, given["normalized_shape"])] != [fixed(shape_of(node)[-1])]:
         return None
     return Step("layer_norm", (given["input"], given["weight"], given["bias"], given["eps"]))
 
 
 def _rms_norm(given: Arguments, node: fx.Node) -> Step | None:
-    if list(given["normalized_shape"]) != [shape_of(node)[-1]] or given["eps"] is None:
+    plain = [*map(fixed, given["normalized_shape"])] == [fixed(shape_of(node)[-1])]
+    if not plain or given["eps"] is None:
         return None
     return Step("rms_norm", (given["input"], given["weight"], given["eps"]))
 
@@ -196,10 +198,17 @@ SAME_ROWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default,
 def step_of(node: fx.Node) -> Step | None:
     """What a node does to every row, or None where it does another thing."""
     rule = RULES.get(node.target) if node.op == "call_function" and is_tensor(node) else None
-    if rule is None or len(shape_of(node)) < 2 or not isinstance(shape_of(node)[-1], int):
+    if rule is None or len(shape_of(node)) < 2 or fixed(shape_of(node)[-1]) is None:
         return None
     step = rule.write(arguments(node), node)
     return step if step is not None and _fits(step, node) else None
+
+
+def fixed(size: Any) -> int | None:
+    """A size that is the same in every call, also one that was tried as a symbol; else None."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.expr) if size.node.expr.is_number else None
+    return int(size)
 
 
 def keeps_rows(node: fx.Node) -> bool:
@@ -208,7 +217,7 @@ def keeps_rows(node: fx.Node) -> bool:
         return False
     before, after = value_of(node.args[0]), value_of(node)
     return before.dtype == after.dtype == torch.float32 and after.ndim > 1 and before.ndim > 1 \
-        and isinstance(after.shape[-1], int) and equal(before.shape[-1], after.shape[-1]) \
+        and fixed(after.shape[-1]) is not None and equal(before.shape[-1], after.shape[-1]) \
         and equal(rows_of(node.args[0]), rows_of(node))
 
 

@@ -9,15 +9,22 @@ from torch import fx
 
 from bincompile.ops.fused_rows import fused_rows
 from bincompile.passes.graph import (
+    aten,
     copy_module,
     finish,
     is_sequence,
     is_tensor,
     run_as_is,
     store,
+    value_of,
     weight_bytes,
 )
 from bincompile.program import Program, attribute
+
+SMALL = 4096  # bytes of a result that is kept whatever it is computed from
+CREATIONS = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.full.default,
+             aten.ones.default, aten.zeros.default, aten.scalar_tensor.default,
+             aten.linspace.default)
 
 
 def lower(program: Program) -> Program:
@@ -41,7 +48,7 @@ def fold(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.op == "get_attr":
             known[node] = attribute(module, node.target)
-        elif node.op == "call_function" and node.all_input_nodes \
+        elif node.op == "call_function" and (node.all_input_nodes or _is_small(node)) \
                 and all(n in known for n in node.all_input_nodes) \
                 and (is_tensor(node) or is_sequence(node)):
             known[node] = run_as_is(node, known)
@@ -49,10 +56,15 @@ def fold(module: fx.GraphModule) -> None:
         outside = [u for u in node.users if u not in known and u.op != "output"]
         if node.op == "get_attr" or not outside or not isinstance(value, torch.Tensor):
             continue
-        if value.nbytes <= _source_bytes(node):
+        if value.nbytes <= max(SMALL, _source_bytes(node)):
             kept = store(module, f"folded.{node.name}", value)
             for user in outside:
                 user.replace_input_with(node, kept)
+
+
+def _is_small(node: fx.Node) -> bool:
+    """Whether a node makes a small tensor of numbers alone."""
+    return node.target in CREATIONS and value_of(node).nbytes <= SMALL
 
 
 def _source_bytes(node: fx.Node) -> int:
