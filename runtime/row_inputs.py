@@ -91,7 +91,14 @@ def _lead(value: Any, role: str) -> Lead:
     if role not in ("value", "indices") or (role == "value" and value.ndim < 2):
         return ()
     sizes = value.shape if role == "indices" else value.shape[:-1]
-    return tuple(size if isinstance(size, int) else str(size) for size in sizes)
+    return tuple(str(size) if known_size(size) is None else known_size(size) for size in sizes)
+
+
+def known_size(size: Any) -> int | None:
+    """A size that the run can't change, also where capture keeps it as a symbol."""
+    if isinstance(size, int):
+        return size
+    return int(str(size)) if str(size).isdecimal() else None
 
 
 def _common(leads: Sequence[Lead]) -> Lead:
@@ -115,7 +122,7 @@ def _input(name: str, value: Any, role: str, own: Lead, lead: Lead) -> Input:
         wanted = (torch.float32, torch.float16, torch.bfloat16)
     if value.dtype not in wanted:
         raise Unsuitable(f"{name} of {value.dtype}")
-    sizes = [int(size) if isinstance(size, int) else None for size in value.shape]
+    sizes = [known_size(size) for size in value.shape]
     if role in ("indices", "index_period") and not sizes:
         raise Unsuitable(f"{name} is a single index")
     if role in ("rows", "period", "indices", "index_period"):

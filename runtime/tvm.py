@@ -194,7 +194,8 @@ def _compile(recipe: Recipe, target: Target) -> Any:
 
     schedule = importlib.import_module(f"{_SCHEDULES}.{recipe.schedule}")
     try:
-        return tvm.compile(schedule.build(**recipe.parameters), target=llvm_target(target))
+        with tvm.transform.PassContext(disabled_pass=list(getattr(schedule, "SKIPPED", ()))):
+            return tvm.compile(schedule.build(**recipe.parameters), target=llvm_target(target))
     except Exception as error:
         raise KernelError(f"TVM failed on {recipe}: {error}", "a schedule that TVM compiles",
                           f"run with another kernel, and report this with {target}") from error

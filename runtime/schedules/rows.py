@@ -19,6 +19,8 @@ from bincompile.runtime.schedules.rows_store import allocate, declare
 from bincompile.runtime.schedules.rows_text import helpers
 from bincompile.runtime.schedules.rows_vector import Program, input_row
 
+# Passes of TVM without use here that would take half of the time of a compilation.
+SKIPPED = ("s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse")
 MODES = {"serial": "serial", "rows": "parallel"}
 
 
@@ -79,7 +81,8 @@ def _block(program: Program, count: Any, tile: int) -> None:
             linear_phase(program, phases[0], count, tile)
         else:
             tiles(T, count, tile,
-                  lambda row, height, phases=phases: row_phases(program, phases, row, height))
+                  lambda row, height, phases=phases: row_phases(program, phases, row, height,
+                                                                tile))
 
 
 def _find(program: Program, step: Step, row: Any) -> None:

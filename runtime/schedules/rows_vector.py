@@ -40,18 +40,16 @@ class Vector:
 
     Args:
         row: the row's place in its block.
-        tile_row: its place in its tile.
-        sums: the partial results of reductions (row of the tile, lane).
-        shared: vectors that do not depend on the row, for all rows of the tile.
+        tile_row: its place in what only its tile needs, and among the partial results.
+        sums: the partial results of reductions (row, lane).
     """
 
     program: Program
     row: Any
-    tile_row: int
+    tile_row: Any
     column: Any
     left: int
     sums: dict[Name, Any]
-    shared: dict[Name, Any]
     values: dict[Name, Any] = dataclasses.field(default_factory=dict)
 
     def run(self, steps: list[Step]) -> None:
@@ -93,9 +91,7 @@ class Vector:
         if given.role in ROWS:
             row = input_row(program, name, self.row)
             return T.bind(load(T, buffer, row, self.column, self.left, given.width))
-        if name not in self.shared:
-            self.shared[name] = T.bind(self._columns(buffer, given))
-        return self.shared[name]
+        return T.bind(self._columns(buffer, given))
 
     def _columns(self, buffer: Any, given: Input) -> Any:
         T = self.program.T
