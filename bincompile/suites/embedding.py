@@ -35,7 +35,7 @@ def _look_up(table: int, count: int) -> Iterator[Row]:
     """The limit is a copy of the result: memory that is written once and was read somewhere."""
     x, binary = torch.randint(table, (count,)), BinaryEmbedding(table, WIDTH).eval()
     plain = nn.Embedding.from_pretrained(_float(table))
-    compiled = optimize(binary, (x,))
+    compiled = optimize(binary, (x,), choices={})
     yield timed(f"look-up of {count} in {table} x {WIDTH}",
                 {OURS: partial(compiled, x), EAGER: partial(plain, x),
                  **limits.copying(4 * count * WIDTH)},
@@ -63,6 +63,6 @@ def _bag(mode: str) -> Iterator[Row]:
         _float(table), mode="mean" if mode == "majority" else name)
     if weighted:
         binary, plain = _Weighted(binary), _Weighted(plain)
-    compiled = optimize(binary.eval(), inputs)
+    compiled = optimize(binary.eval(), inputs, choices={})
     yield timed(f"{mode} of {BAG}, {BAGS} bags of {table} x {WIDTH}",
                 {OURS: partial(compiled, *inputs), EAGER: partial(plain.eval(), *inputs)})

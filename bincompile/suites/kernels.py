@@ -21,14 +21,18 @@ from bincompile.suites.rows import EAGER, KERNEL, OURS, Case, Row, row, timed, t
 
 SIZES, ROWS = (768, 4096), (512, 1)
 HEADS, HEAD_DIM, LENGTHS = 12, 64, (128, 512, 1024)
+# Forms that a float linear is compiled to, and the sizes of it.
+LOSSY = {"w1a32": (Binary("w1a32"), SIZES), "w1a8": (Binary("w1a8"), SIZES),
+         **{f"w{bases}a8": (Binary("w1a8", bases=bases), SIZES[:1]) for bases in (2, 3, 4)}}
 
 
 def cases() -> list[Case]:
     """Limits of the machine, linears of each precision, and attention cores."""
     linears = [Case(f"w1a1 {size} -> {size}, {_rows(rows)}", partial(_w1a1, size, rows))
                for size in SIZES for rows in ROWS]
-    linears += [Case(f"w1a32 {size} -> {size}, {_rows(rows)}", partial(_w1a32, size, rows))
-                for size in SIZES for rows in ROWS]
+    linears += [Case(f"{name} {size} -> {size}, {_rows(rows)}",
+                     partial(_lossy, name, form, size, rows))
+                for name, (form, sizes) in LOSSY.items() for size in sizes for rows in ROWS]
     cores = [Case(f"attention core, {length} tokens", partial(_core, length))
              for length in LENGTHS]
     return [*limits.cases(), *linears, *cores]
@@ -47,7 +51,8 @@ def bare(compiled: CompiledModel) -> Callable[..., Any]:
 def _w1a1(size: int, rows: int) -> Iterator[Row]:
     """Beside the float linears: the same kernel without the model's call, and the peak."""
     x = torch.randn(rows, size)
-    compiled = optimize(BinaryLinear(size, size, bias=True).eval(), (torch.randn(4, size),))
+    compiled = optimize(BinaryLinear(size, size, bias=True).eval(), (torch.randn(4, size),),
+                        choices={})
     floats = peers(nn.Linear(size, size).eval(), x, inductor=False)
     times = times_of({OURS: partial(compiled, x), KERNEL: partial(bare(compiled), x), **floats,
                       **limits.at_peak(rows * size * size)})
@@ -55,10 +60,10 @@ def _w1a1(size: int, rows: int) -> Iterator[Row]:
               values={"kernel_speedup": times[EAGER] / times[KERNEL]})
 
 
-def _w1a32(size: int, rows: int) -> Iterator[Row]:
+def _lossy(name: str, form: Binary, size: int, rows: int) -> Iterator[Row]:
     x, plain = torch.randn(rows, size), nn.Linear(size, size).eval()
-    compiled = optimize(plain, (torch.randn(4, size),), binary=Binary("w1a32"), guard=None)
-    yield timed(f"w1a32 {size} -> {size}, {_rows(rows)}",
+    compiled = optimize(plain, (torch.randn(4, size),), binary=form, guard=None, choices={})
+    yield timed(f"{name} {size} -> {size}, {_rows(rows)}",
                 {OURS: partial(compiled, x), **peers(plain, x, inductor=False)})
 
 
@@ -82,7 +87,7 @@ def _core(length: int) -> Iterator[Row]:
                                                                *inputs)}
     for values in VALUES:
         core = _Core(values, "int8" if values == "binary" else "float").eval()
-        candidates[values] = partial(optimize(core, inputs), *inputs)
+        candidates[values] = partial(optimize(core, inputs, choices={}), *inputs)
     times = times_of(candidates)
     for values in VALUES:
         yield row(f"attention core, {length} tokens, {values} values", times, ours=values,

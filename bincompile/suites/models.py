@@ -24,6 +24,7 @@ from bincompile.config import Binary
 from bincompile.errors import KernelError, MissingPackageError
 from bincompile.models import bert, minilm
 from bincompile.passes.capture import capture
+from bincompile.profile import Profile
 from bincompile.suites.peers import peers
 from bincompile.suites.rows import EAGER, OURS, Case, Row, row, timed, times_of
 from bincompile.suites.stack import Encoder, encoder
@@ -33,6 +34,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "float attention": {}, "1-bit attention": {"attention": "binary", "values": "binary"}}
 PLAIN = "float attention"
 ONE, TWO = "1 thread", "2 threads"
+REPEATS = 20  # calls of a profile
 
 
 def cases() -> list[Case]:
@@ -41,7 +43,8 @@ def cases() -> list[Case]:
         "bert": (bert.build, (12, 768, 12)), "minilm": (minilm.build, (6, 384, 12))}
     return [Case("bert binary", _binary), Case("bert threads", _threads),
             *(Case(f"{name} exact", partial(_exact, name, *how)) for name, how in exact.items()),
-            Case("bert compile", _compile), Case("bert bytes", _bytes)]
+            Case("bert compile", _compile), Case("bert bytes", _bytes),
+            Case("bert profile", _profile)]
 
 
 def all_binary(model: nn.Module, x: torch.Tensor, form: str = PLAIN) -> CompiledModel:
@@ -125,3 +128,13 @@ def _bytes() -> Iterator[Row]:
     yield timed("bert bytes", {OURS: partial(compiled, x), EAGER: partial(model, x)},
                 {"weights": weights, "held": compiled.nbytes,
                  "held_share": compiled.nbytes / weights})
+
+
+def _profile() -> Iterator[Row]:
+    """Where the time of a call goes, by operator; peers have no part in it."""
+    model, x = encoder(), torch.randn(1, TOKENS, WIDTH)
+    for form in FORMS:
+        found = all_binary(model, x, form).explain((x,), repeats=REPEATS)
+        assert isinstance(found, Profile)
+        for operator, spent in {"all": found.microseconds, **found.by_operator}.items():
+            yield row(f"bert profile, {form}: {operator}", {OURS: spent / 1e3})
