@@ -17,6 +17,7 @@ from bincompile.ops import operator_of
 from bincompile.ops.bits import row_scale
 from bincompile.passes.check_kernels import LIMITS, check_kernels
 from bincompile.passes.fuse import before_fusion, signs_within
+from bincompile.passes.graph import arguments, aten, shape_of
 from bincompile.passes.validate import difference
 from bincompile.program import Program
 from bincompile.runtime.executor import Executable
@@ -25,6 +26,7 @@ OTHER_SIZE = 3  # what sizes that may vary are set to, beside the example's and 
 # Sizes at which conditions are broken on purpose, how many calls are looked at and how many made.
 PROBED, MOST_PROBED, MOST_CALLED = (2, 3, 1, 5, 4, 7, 8, 6, 12), 800, 12
 FLIPPED_SHARE, FLIPPED_SIZE = 1e-5, 1e-6
+MAXIMUM = 2  # torch's number of the mode of embedding_bag
 
 Numbers = tuple[tuple[str, int], ...]  # a size for each symbol
 
@@ -224,7 +226,9 @@ def _resized(program: Program, example: Sequence[Any],
         low, high = program.signature.ranges.get(name, (1, None))
         if size < low or (high is not None and size > high):
             return None
-    if broken(program.signature.conditions, changed):
+    if broken(program.signature.conditions, changed) or any(
+            changed[name] != size for name, size in _sizes(program, example).items()
+            if name in _bag_sizes(program)):
         return None
     for spec, value in zip(program.signature.inputs, example, strict=True):
         for axis, want in enumerate(spec.shape):
@@ -234,6 +238,17 @@ def _resized(program: Program, example: Sequence[Any],
         flat.append(value)
     same = all(a is b for a, b in zip(flat, example, strict=True))
     return None if same else flat
+
+
+def _bag_sizes(program: Program) -> set[str]:
+    """Sizes of bags by maximum whose last offset is their end.
+
+    Where that offset is not the number of indices torch writes behind its result.
+    """
+    bags = (arguments(n) for n in program.graph.nodes if n.target is aten.embedding_bag.padding_idx)
+    reads = [bag[name] for bag in bags if bag["include_last_offset"] and bag["mode"] == MAXIMUM
+             for name in ("indices", "offsets")]
+    return {str(size) for node in reads for size in shape_of(node) if not isinstance(size, int)}
 
 
 def _least(program: Program, symbols: Collection[str], low: int) -> Program:

@@ -207,8 +207,14 @@ class _Cut:
                    {n: t.double() if t.dtype.is_floating_point else t for n, t in stored.items()})
 
     def possible(self, numbers: Assignment) -> bool:
-        """Whether nothing that the nodes read is empty at these sizes, unless it always is."""
+        """Whether nothing that the nodes read is empty at these sizes, unless it always is.
+
+        Nor is one bag without an end: torch writes behind the maximum of such a one.
+        """
         try:
+            if self.candidate.table_use.ended and concrete(
+                    shape_of(self.candidate.inputs["offsets"])[0], numbers) < 2:
+                return False
             return all(concrete(size, numbers) > 0 for node in self.reads if is_tensor(node)
                        for size in shape_of(node) if not isinstance(size, int))
         except ZeroDivisionError:  # a remainder by a size that is 0 there

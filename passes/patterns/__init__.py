@@ -117,11 +117,13 @@ class TableUse:
             for none.
         indices: which may come: "rows" (0 to the last), "negative" (these count from the end
             too) or "any" (none raises).
+        ended: whether the last of "offsets" is where the last bag ends, so that there are two.
     """
 
     axis: int = 0
     shortened: int | None = 0
     indices: str = "rows"
+    ended: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

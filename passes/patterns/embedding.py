@@ -12,7 +12,7 @@ from bincompile.ops.embedding import embedding as embedding_operator
 from bincompile.ops.embedding_bag import MODES
 from bincompile.ops.embedding_bag import embedding_bag as bag_operator
 from bincompile.passes.graph import arguments, aten, shape_of, users
-from bincompile.passes.patterns import Candidate, Context, Example, Pattern, owner_of
+from bincompile.passes.patterns import Candidate, Context, Example, Pattern, TableUse, owner_of
 from bincompile.passes.tables import table_attrs
 from bincompile.program import source_line
 from bincompile.record import Refusal
@@ -56,7 +56,8 @@ def _match_bag(node: fx.Node, context: Context) -> Candidate | Refusal:
     attrs = {"num_embeddings": rows, "embedding_dim": columns, "mode": mode,
              "padding_idx": padding, "weights": "weights" in inputs,
              **table_attrs(found["weight"], node, context)}
-    return Candidate("embedding_bag", node, inputs, (first,), emit, attrs, owner_of((node,)))
+    return Candidate("embedding_bag", node, inputs, (first,), emit, attrs, owner_of((node,)),
+                     table_use=TableUse(ended=last))
 
 
 class _Functional(nn.Module):
