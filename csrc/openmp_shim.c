@@ -4,10 +4,15 @@
  * libgomp before, so kernels and PyTorch share one pool of threads.
  */
 #include <omp.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
 
-enum { ALIGNMENT = 64 };
+enum {
+  ALIGNMENT = 64,
+  KEPT_BLOCKS = 8,
+  KEPT_BYTES = 8 << 20, /* of one thread */
+};
 
 typedef struct {
   void *sync_handle;
@@ -15,6 +20,7 @@ typedef struct {
 } Group;
 
 typedef int (*Task)(int task_id, Group *group, void *closure);
+
 
 static int parallel_launch(Task task, void *closure, int num_task) {
   int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
@@ -41,14 +47,91 @@ static int parallel_barrier(int task_id, Group *group) {
   return 0;
 }
 
+/* What a kernel gives back is kept for the next call of the same thread, and freed when the thread
+ * ends. A block begins with its size, ALIGNMENT bytes before what the kernel sees of it.
+ */
+typedef struct {
+  size_t size;
+} Block;
+
+typedef struct {
+  Block *blocks[KEPT_BLOCKS];
+  size_t bytes;
+  int watched; /* 1: freed when the thread ends, -1: can't be, so nothing is kept */
+} Kept;
+
+static __thread Kept kept;
+
+/* glibc's way to run a destructor of a thread; it keeps this library loaded until then. */
+extern int __cxa_thread_atexit_impl(void (*run)(void *), void *argument, void *library)
+    __attribute__((weak));
+extern void *__dso_handle __attribute__((visibility("hidden")));
+
+static void free_kept(void *argument) {
+  Kept *own = argument;
+  for (int place = 0; place < KEPT_BLOCKS; ++place) {
+    free(own->blocks[place]);
+    own->blocks[place] = NULL;
+  }
+  own->bytes = 0;
+  own->watched = -1;
+}
+
+static int keeps(Kept *own) {
+  if (own->watched == 0) {
+    int failed = !__cxa_thread_atexit_impl ||
+                 __cxa_thread_atexit_impl(free_kept, own, &__dso_handle) != 0;
+    own->watched = failed ? -1 : 1;
+  }
+  return own->watched > 0;
+}
+
+/* The smallest kept block that is large enough, or, for no bytes at all, the smallest. */
+static int smallest(const Kept *own, size_t bytes) {
+  int found = -1;
+  for (int place = 0; place < KEPT_BLOCKS; ++place) {
+    const Block *block = own->blocks[place];
+    if (block && block->size >= bytes &&
+        (found < 0 || block->size < own->blocks[found]->size))
+      found = place;
+  }
+  return found;
+}
+
+static Block *take(Kept *own, int place) {
+  Block *block = own->blocks[place];
+  own->blocks[place] = NULL;
+  own->bytes -= block->size;
+  return block;
+}
+
 static void *alloc_workspace(int device_type, int device_id, uint64_t bytes, int code, int bits) {
   (void)device_type, (void)device_id, (void)code, (void)bits;
-  return aligned_alloc(ALIGNMENT, (bytes / ALIGNMENT + 1) * ALIGNMENT);
+  if (bytes > SIZE_MAX / 2) return NULL;
+  size_t size = ((size_t)bytes / ALIGNMENT + 1) * ALIGNMENT;
+  int place = smallest(&kept, size);
+  Block *block = place < 0 ? aligned_alloc(ALIGNMENT, ALIGNMENT + size) : take(&kept, place);
+  if (!block) return NULL;
+  if (place < 0) block->size = size;
+  return (char *)block + ALIGNMENT;
 }
 
 static int free_workspace(int device_type, int device_id, void *memory) {
   (void)device_type, (void)device_id;
-  free(memory);
+  if (!memory) return 0;
+  Block *block = (Block *)(void *)((char *)memory - ALIGNMENT);
+  if (block->size > KEPT_BYTES || !keeps(&kept)) {
+    free(block);
+    return 0;
+  }
+  int empty = 0;
+  while (empty < KEPT_BLOCKS && kept.blocks[empty]) ++empty;
+  while (empty == KEPT_BLOCKS || kept.bytes + block->size > KEPT_BYTES) {
+    empty = smallest(&kept, 0); /* large blocks cost more to get */
+    free(take(&kept, empty));
+  }
+  kept.blocks[empty] = block;
+  kept.bytes += block->size;
   return 0;
 }
 
