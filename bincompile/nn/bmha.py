@@ -32,6 +32,8 @@ class BMHA(nn.Module):
             their row, so a score is s(q) s(k) (D - 2 popcount) / sqrt(D).
         probabilities: with binary attention, of e = exp(score - largest score of the row):
             "float", e / sum(e), which is softmax; "int8", c / sum(c) with c = round(127 e);
+            "uint8", for binary values: what each value's signs are multiplied by is rounded to
+            8 bits, which is the fastest form (see `ops/binary_attention.py`);
             "binary", c / sum(c) with c = 1 where e >= a learned threshold of the head, else 0
             (at first 0.5; the largest score is always kept).
         values: with binary attention, "float", or "binary": sign(v) * mean |v| of each row.
@@ -76,6 +78,10 @@ class BMHA(nn.Module):
         if attention == "float":
             arguments.without(name, "attention='float'", values=(values, "float"),
                               probabilities=(probabilities, "float"))
+        if probabilities == "uint8" and values != "binary":
+            raise ConfigError(f"{name}(probabilities='uint8', values={values!r})",
+                              "values='binary', whose scales it rounds too",
+                              "the probabilities or the values argument")
         self.input_dim = arguments.size(name, "input_dim", input_dim)
         self.hidden_dim = arguments.size(name, "hidden_dim", hidden_dim)
         self.num_heads = arguments.size(name, "num_heads", num_heads)

@@ -46,9 +46,9 @@ def _supports(call: Call) -> str | None:
 
 def _bind(call: Call) -> Bound:
     module = load(_recipe(call), call.target)
-    scale, dtype, kind = float(call.value("scale")), call.value("value").dtype, call.value(
-        "query").dtype
-    given = _taken(call)
+    given, check = _taken(call), call.operator.check
+    scale, probabilities, values_ = (call.value(n) for n in ("scale", "probabilities", "values"))
+    dtype, kind = call.value("value").dtype, call.value("query").dtype
 
     def shape(*values: torch.Tensor) -> tuple[Size, ...]:
         query, _, value, *_ = given(values)
@@ -59,8 +59,8 @@ def _bind(call: Call) -> Bound:
     def attend(*values: torch.Tensor) -> None:
         query, key, value, bias, mask, threshold = given(values[:-2])
         if query.shape[:2] != key.shape[:2] or key.shape[:3] != value.shape[:3]:
-            call.operator.check(query, key, value, bias, mask, None, threshold, scale, False,
-                                call.value("probabilities"), call.value("values"))
+            check(query, key, value, bias, mask, None, threshold, scale, False, probabilities,
+                  values_)
         out, (batch, heads, rows, _), keys = values[-2], query.shape, key.shape[2]
         if not out.numel() or not keys:
             out.zero_()
@@ -71,7 +71,7 @@ def _bind(call: Call) -> Bound:
         whole = out if dtype is torch.float32 else torch.empty_like(out, dtype=torch.float32)
         module[_mode(batch * heads, rows * keys)](
             *(_floats(x) for x in (query, key, value)),
-            *(extra for extra in extras if extra is not None), scale, whole)
+            *(extra for extra in extras if extra is not None), float(scale), whole)
         if whole is not out:
             out.copy_(whole)
 

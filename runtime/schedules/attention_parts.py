@@ -6,14 +6,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from bincompile.runtime.schedules.common import LANE, WORD, halving, lanes, span
-from bincompile.runtime.schedules.vector_math import LOG2_E, ROUND, Code
+from bincompile.runtime.schedules.vector_math import LOG2_E, Code
 
-# 2**f to 1.5e-7, exactly 1 at 0: for |f| <= 1/2, and for f from 0 to 1.
-NEAREST = (1.0, 0.6931469775966123, 0.24022242081846687, 0.055507337456144355,
-           0.009671512862017274, 0.001326472708907933)
-BELOW = (1.0, 0.6931513118124532, 0.24016445006437478, 0.05579991342562036, 0.00901702987955242,
-         0.0018671302768059443)
-LOWEST = -126.0  # powers of 2 below are 0
+# 2**f to 1.5e-7 for f from 0 to 1, exactly 1 at 0.
+EXP2 = (1.0, 0.6931513118124532, 0.24016445006437478, 0.05579991342562036, 0.00901702987955242,
+        0.0018671302768059443)
+LOWEST = -126.0  # powers of 2 up to this are 0 without AVX-512
 
 
 class Columns(NamedTuple):
@@ -70,7 +68,6 @@ define i32 @bincompile_word(<16 x float> %low, <16 x float> %high) alwaysinline 
   %word = bitcast <32 x i1> %negative to i32
   ret i32 %word
 }}
-declare <16 x float> @llvm.arithmetic.fence.v16f32(<16 x float>)
 define <16 x float> @bincompile_as_rounded(<16 x float> %v) alwaysinline {{
   %r = call <16 x float> @llvm.arithmetic.fence.v16f32(<16 x float> %v)
   ret <16 x float> %r
@@ -110,6 +107,7 @@ def _power(avx512: bool) -> str:
     code = Code(LANE)
     t = code.binary("fmul", "%x", LOG2_E)
     result = _scaled(code, t) if avx512 else _shifted(code, t)
+    code.declared.add(f"declare {code.floats} @llvm.arithmetic.fence.v16f32({code.floats})")
     body, declared = "\n  ".join(code.lines), "\n".join(sorted(code.declared))
     return f"""{declared}
 define {code.floats} @bincompile_power({code.floats} %x) alwaysinline {{
@@ -122,7 +120,7 @@ def _scaled(code: Code, t: str) -> str:
     """2**t by vreduceps (the fraction of t; 0 for -inf) and vscalefps (times 2**floor(t))."""
     fraction = _masked(code, "reduce", f"{code.floats} {t}, i32 9")
     return _masked(code, "scalef",
-                   f"{code.floats} {code.horner(BELOW, fraction)}, {code.floats} {t}")
+                   f"{code.floats} {code.horner(EXP2, fraction)}, {code.floats} {t}")
 
 
 def _masked(code: Code, name: str, given: str) -> str:
@@ -134,12 +132,18 @@ def _masked(code: Code, name: str, given: str) -> str:
 
 
 def _shifted(code: Code, t: str) -> str:
-    rounded = code.binary("fadd", code.where("olt", t, LOWEST, LOWEST, t), ROUND)
-    n = code.binary("fsub", rounded, ROUND)
-    p = code.horner(NEAREST, code.binary("fsub", t, n))
-    power = code.bits("shl", code.cast(rounded, to_bits=True), code.integer(23))
-    scaled = code.cast(code.bits("add", code.cast(p, to_bits=True), power), to_bits=False)
-    return code.where("ole", t, LOWEST, 0.0, scaled)
+    """The same in other instructions, bit for bit: the fraction is rounded down there."""
+    t = code.intrinsic("arithmetic.fence", t)
+    least = code.where("olt", t, LOWEST, LOWEST, t)
+    whole = code.intrinsic("floor", least)
+    near = code.binary("fsub", least, whole)
+    above = code.line(f"fcmp ogt {code.floats} {code.binary('fadd', near, whole)}, {least}")
+    last = code.line(f"sext {code.flags} {above} to {code.integers}")
+    fraction = code.cast(code.bits("add", code.cast(near, to_bits=True), last), to_bits=False)
+    p = code.cast(code.horner(EXP2, fraction), to_bits=True)
+    n = code.line(f"fptosi {code.floats} {whole} to {code.integers}")
+    scaled = code.bits("add", p, code.bits("shl", n, code.integer(23)))
+    return code.where("ole", t, LOWEST, 0.0, code.cast(scaled, to_bits=False))
 
 
 def load(T: Any, row: Columns, column: Any, count: Any = None) -> Any:

@@ -13,6 +13,7 @@ bit on every processor, and no row depends on how the work is split.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -125,7 +126,8 @@ def _head(T: Any, facets: Facets, tensors: Tensors, place: Any) -> Head:
 def _scale_row(T: Any, source: Columns, j: Any, scales: Any, poison: Any) -> None:
     def keep(mean: Any) -> None:
         T.buffer_store(scales, mean, [T.floordiv(j, LANE), T.floormod(j, LANE)])
-        T.buffer_store(poison, poison[0] + mean * T.float32(0), [0])
+        T.buffer_store(poison, T.Select(mean < T.float32(math.inf), poison[0],
+                                        T.float32(math.nan)), [0])
 
     pack_row(T, source, None, keep)
 
@@ -144,8 +146,9 @@ def _float_values(T: Any, facets: Facets, tensors: Tensors, at: tuple[Any, Any],
         for column in range(facets.columns):
             value = load(T, source, column * LANE)
             if scales is None:
-                T.buffer_store(seen, seen[span(T, 0)] + value * T.broadcast(T.float32(0), LANE),
-                               [span(T, 0)])
+                finite = T.fabs(value) < T.broadcast(T.float32(math.inf), LANE)
+                T.buffer_store(seen, T.Select(finite, seen[span(T, 0)], T.broadcast(
+                    T.float32(math.nan), LANE)), [span(T, 0)])
             else:
                 scale = T.broadcast(scales[T.floordiv(j, LANE), T.floormod(j, LANE)], LANE)
                 value = T.Select(value >= T.broadcast(T.float32(0), LANE), scale, -scale)
