@@ -196,3 +196,15 @@ def test_rows_of_bases_are_bit_equal(columns: int, count: int, target: Target) -
         out = memory[1:-columns - columns].view(7, 13, columns)  # at an odd address
         kernel.into(indices, out)
         assert torch.equal(out, expected(call)) and (memory[-2 * columns:] == 7).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", range(1, 258))
+def test_rows_and_bags_of_every_width_up_to_257(columns: int) -> None:
+    packed, scale = table(columns, 1 + columns % bases.MOST)
+    call = sample_call(LOOK_UP, Sample((torch.randint(ROWS, (37,)), packed, scale, columns)), HOST,
+                       ("table", "row_scale"))
+    assert torch.equal(bound(call, "tvm-bits")(*given(call)), expected(call))
+    agree(bag_call(columns, MODES[columns % len(MODES)], padding_idx=2,
+                   indices=torch.randint(ROWS, (5, 21))))
+    agree(bag_call(columns, "majority", indices=torch.randint(ROWS, (5, 21))))

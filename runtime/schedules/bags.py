@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from bincompile.runtime.schedules import signed_rows
 from bincompile.runtime.schedules.common import ceil_div
 
-BLOCK = 8  # bags of one block
 AHEAD = 16  # rows between the one that is read and the one that memory is asked for
 MODES = {"serial": "serial", "bags": "parallel"}
 
@@ -84,13 +83,11 @@ def _arguments(T: Any, mode: str, columns: int, bases: int, indices: str, offset
 def _loops(T: Any, mode: str, given: Bags, last: bool,
            reduce: Callable[[Any, Bags, Any, Any, Any], None]) -> None:
     T.buffer_store(given.bad, T.int32(0), [0])
-    with getattr(T, MODES[mode])(0, ceil_div(given.bags, BLOCK)) as block, \
-            T.serial(0, T.min(T.int64(BLOCK), given.bags - block * BLOCK)) as place:
-        ends = T.alloc_buffer((3,), "int64")  # else they are spelled out at each use
-        T.buffer_store(ends, block * BLOCK + place, [0])
-        for at, bound in enumerate(_bounds(T, given, ends[0], last)):
-            T.buffer_store(ends, bound, [1 + at])
-        bag, begin, end = (ends[at] for at in range(3))
+    with getattr(T, MODES[mode])(0, given.bags) as bag:
+        ends = T.alloc_buffer((2,), "int64")  # else they are spelled out at each use
+        for at, bound in enumerate(_bounds(T, given, bag, last)):
+            T.buffer_store(ends, bound, [at])
+        begin, end = ends[0], ends[1]
         fits = T.And(T.And(begin >= 0, begin <= end), end <= given.count)
         with T.If(T.And(fits, T.Or(bag > 0, begin == 0))):
             with T.Then():

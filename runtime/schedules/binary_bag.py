@@ -39,27 +39,25 @@ def _reduce(T: Any, given: Bags, bag: Any, begin: Any, end: Any, mode: str, colu
 def _tile(T: Any, given: Bags, bag: Any, begin: Any, end: Any, mode: str,
           vectors: Sequence[Any], ask: Any) -> None:
     columns, bases = int(given.out.shape[1]), int(given.scale.shape[1])
-    totals = T.alloc_buffer((len(vectors) * LANE,), "float32")
-    kept = T.alloc_buffer((1,), "int64")
+    totals = [T.alloc_buffer((LANE,), "float32") for _ in vectors]  # one each: kept in registers
+    kept, whole = T.alloc_buffer((1,), "int64"), [span(T, 0)]
     T.buffer_store(kept, T.int64(0), [0])
-    for place in range(len(vectors)):
-        T.buffer_store(totals, T.broadcast(T.float32("-inf" if mode == "max" else 0), LANE),
-                       [span(T, place * LANE)])
+    for total in totals:
+        T.buffer_store(total, T.broadcast(T.float32("-inf" if mode == "max" else 0), LANE), whole)
 
     def add(at: Any, index: Any) -> None:
         scales = [given.scale[index, base] for base in range(bases)]
         if given.weights is not None:
             scales = [scale * given.weights[at] for scale in scales]
         T.buffer_store(kept, kept[0] + 1, [0])
-        for place, vector in enumerate(vectors):
-            where = span(T, place * LANE)
+        for total, vector in zip(totals, vectors, strict=True):
             value = signed_rows.vector_of(T, given.table, index, scales, vector, columns)
-            joined = T.max(totals[where], value) if mode == "max" else totals[where] + value
-            T.buffer_store(totals, joined, [where])
+            before = total[whole[0]]
+            T.buffer_store(total, T.max(before, value) if mode == "max" else before + value, whole)
 
     each_row(T, given, begin, end, ask, add)
-    for place, vector in enumerate(vectors):
-        total = totals[span(T, place * LANE)]
+    for buffer, vector in zip(totals, vectors, strict=True):
+        total = buffer[whole[0]]
         if mode == "mean":
             total = total / T.broadcast(T.cast(T.max(kept[0], T.int64(1)), "float32"), LANE)
         elif mode == "max":

@@ -72,7 +72,7 @@ def _reduce(T: Any, given: Bags, bag: Any, begin: Any, end: Any, columns: int,
 def _count(T: Any, given: Bags, begin: Any, end: Any, start: Any, size: int, more: Any,
            tied: Any, ask: Any) -> None:
     """Where more votes are +1, and where as many, for `size` bytes of columns from `start` on."""
-    wires = T.alloc_buffer((_WIRES * size,), "uint8")
+    wires = [T.alloc_buffer((size,), "uint8") for _ in range(_WIRES)]
     rows = T.alloc_buffer((GROUP * size,), "uint8")
     high = T.alloc_buffer((HIGH * size,), "uint8")
     counts = T.alloc_buffer((2,), "int64")  # of votes, and of unknown rows
@@ -112,12 +112,21 @@ def _bytes(T: Any, value: Any, size: int) -> Any:
     return value if size == 1 else T.broadcast(value, size)
 
 
+def _at(T: Any, planes: Any, size: int, place: Any) -> tuple[Any, Any]:
+    """Where a plane lies: a buffer of its own, which stays in a register, or a part of one."""
+    if isinstance(planes, list):
+        return planes[place], span(T, 0, size)
+    return planes, span(T, place * size, size)
+
+
 def _get(T: Any, planes: Any, size: int, place: Any) -> Any:
-    return planes[span(T, place * size, size)]
+    buffer, where = _at(T, planes, size, place)
+    return buffer[where]
 
 
 def _put(T: Any, planes: Any, size: int, place: Any, value: Any) -> None:
-    T.buffer_store(planes, value, [span(T, place * size, size)])
+    buffer, where = _at(T, planes, size, place)
+    T.buffer_store(buffer, value, [where])
 
 
 def _fetch(T: Any, given: Bags, at: Any, start: Any, rows: Any, size: int, place: Any, counts: Any,
