@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,9 @@ from bincompile.runtime.row_inputs import Unsuitable, inputs_of
 from bincompile.runtime.schedules.rows_body import Input, steps_of
 from bincompile.runtime.tvm import Recipe, load, obstacle
 
-BLOCK = 32  # most rows of a block: what is kept between products stays in the second-level cache
+# Rows of a block: few, so that what is kept between products stays in the nearest cache; more
+# where the weights, read once for each block, are too many for the second-level cache.
+BLOCK, FEW, CACHE = 32, 16, 1 << 20
 TILES = {"avx512-vpopcntdq": 4}  # rows multiplied together: as many as registers hold sums of
 WORTH_THREADS = 20_000  # nanoseconds of work, below which a second thread costs more than it brings
 PRODUCTS, NUMBERS = 1000, 20  # that one core does in a nanosecond: about what decides on threads
@@ -98,6 +101,8 @@ def _bind(call: Call) -> Bound:
                 for part, given in zip(parts, inputs, strict=True)]
     places = [place for place, part in enumerate(parts) if isinstance(part, Dynamic)]
     shape = _shape_of(body, inputs, places)
+    weights = sum(math.prod(given.shape) // 8 for given in inputs if given.role == "panels")
+    most = FEW if weights <= CACHE else BLOCK
     few = WORTH_THREADS / max(_cost(recipe), 1e-3)
     look_ups = [statement for statement in body.statements if "embedding" in statement.op]
     known = [_without_numbers(part) if look_ups else None for part in parts]
@@ -111,10 +116,10 @@ def _bind(call: Call) -> Bound:
             return
         threads = torch.get_num_threads() if rows > few else 1
         if threads == 1:
-            bad = serial(BLOCK, *arguments, *values[len(places):])
+            bad = serial(most, *arguments, *values[len(places):])
         else:
             block = -(-rows // (2 * threads * tile)) * tile
-            bad = parallel(min(BLOCK, block), *arguments, *values[len(places):])
+            bad = parallel(min(most, block), *arguments, *values[len(places):])
         if bad:
             _raise_index_error(look_ups, known, places, values)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bincompile.runtime.schedules import vector_math
 from bincompile.runtime.schedules.common import LANE, PANEL, VECTORS, ceil_div, span
 from bincompile.runtime.schedules.rows_body import REDUCTIONS, Name, Step
 from bincompile.runtime.schedules.rows_emit import number
 from bincompile.runtime.schedules.rows_plan import Phase
-from bincompile.runtime.schedules.rows_vector import START, Program, Vector
+from bincompile.runtime.schedules.rows_vector import START, Program, Vector, run
 
 MINUS_TWO = -2.0
 
@@ -20,14 +21,26 @@ def tiles(T: Any, count: Any, tile: int, emit: Callable[[Any, Any], None]) -> No
         emit(step * tile, T.bind(T.min(T.int64(tile), count - step * tile)))
 
 
-def columns(T: Any, width: int, emit: Callable[[Any, int], None]) -> None:
-    """`emit(column, left)` for the vectors of a row; the last may have fewer than 16 lanes."""
-    whole, left = divmod(width, LANE)
-    if whole:
-        with T.serial(0, whole) as vector:
-            emit(vector * LANE, LANE)
-    if left:
-        emit(whole * LANE, left)
+def columns(T: Any, width: int, together: int, emit: Callable[[list[Any], int], None]) -> None:
+    """`emit(columns, left)` for the vectors of a row, `together` at a time where there are so many.
+
+    The last vector may have fewer than 16 lanes: `left`.
+    """
+    start = 0
+    for count in sorted({together, 1}, reverse=True):
+        chunk, first = count * LANE, start
+        whole = (width - start) // chunk
+        if whole:
+            with T.serial(0, whole) as place:
+                emit([first + place * chunk + v * LANE for v in range(count)], LANE)
+        start += whole * chunk
+    if start < width:
+        emit([start], width - start)
+
+
+def _together(phase: Phase) -> int:
+    """How many vectors go side by side: elementary functions are long chains of operations."""
+    return VECTORS if any(step.op in vector_math.FUNCTIONS for step in phase.steps) else 1
 
 
 def row_phases(program: Program, phases: list[Phase], row: Any, height: Any, tile: int) -> None:
@@ -38,12 +51,13 @@ def row_phases(program: Program, phases: list[Phase], row: Any, height: Any, til
                 for step in phase.steps if step.op in REDUCTIONS}
         _start(program, phase, sums, height)
 
-        def vectors(column: Any, left: int, phase: Phase = phase,
+        def vectors(places: list[Any], left: int, phase: Phase = phase,
                     sums: dict[Name, Any] = sums) -> None:
             with T.serial(0, height) as place:
-                Vector(program, row + place, place, column, left, sums).run(phase.steps)
+                run([Vector(program, row + place, place, column, left, sums)
+                     for column in places], phase.steps)
 
-        columns(T, phase.width, vectors)
+        columns(T, phase.width, _together(phase), vectors)
         _end(program, phase, sums, row, height)
 
 
@@ -126,14 +140,15 @@ def _panel(program: Program, phase: Phase, panel: tuple[Any, int], row: Any, hei
     else:
         _products(T, row, 0, 1, *operands)
 
-    def vectors(column: Any, left: int) -> None:
+    def vectors(places: list[Any], left: int) -> None:
         with T.serial(0, height) as place:
-            vector = Vector(program, row + place, row + place, panel[0] * PANEL + column, left,
-                            program.scratch.sums)
-            vector.give(step, _scaled(vector, differ[place, span(T, column)], step))
-            vector.run(phase.steps)
+            side = [Vector(program, row + place, row + place, panel[0] * PANEL + column, left,
+                           program.scratch.sums) for column in places]
+            for vector, column in zip(side, places, strict=True):
+                vector.give(step, _scaled(vector, differ[place, span(T, column)], step))
+            run(side, phase.steps)
 
-    columns(T, panel[1], vectors)
+    columns(T, panel[1], _together(phase), vectors)
 
 
 def _half(features: int) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bincompile.runtime.schedules import vector_math
-from bincompile.runtime.schedules.common import LANE, halving, lanes
+from bincompile.runtime.schedules.common import LANE, PANEL, halving, lanes
 
 VECTOR, BITS = f"<{LANE} x float>", f"<{LANE} x i1>"
 
@@ -101,6 +101,26 @@ define float @bincompile_fold_{name}({VECTOR} %v16) alwaysinline {{{folds}
     return text
 
 
+def _panels() -> str:
+    """Four vectors as one and taken apart again."""
+    quad, pair = f"<{PANEL} x float>", f"<{2 * LANE} x float>"
+    low, high = (f"shufflevector {VECTOR} {a}, {VECTOR} {b}, <{2 * LANE} x i32> "
+                 f"{lanes(range(2 * LANE))}" for a, b in (("%a", "%b"), ("%c", "%d")))
+    parts = "".join(f"""
+define {VECTOR} @bincompile_part_{place}({quad} %v) alwaysinline {{
+  %r = shufflevector {quad} %v, {quad} poison, <{LANE} x i32> {lanes(range(start, start + LANE))}
+  ret {VECTOR} %r
+}}""" for place, start in enumerate(range(0, PANEL, LANE)))
+    return f"""
+define {quad} @bincompile_join({VECTOR} %a, {VECTOR} %b, {VECTOR} %c, {VECTOR} %d) alwaysinline {{
+  %low = {low}
+  %high = {high}
+  %r = shufflevector {pair} %low, {pair} %high, <{PANEL} x i32> {lanes(range(PANEL))}
+  ret {quad} %r
+}}{parts}
+"""
+
+
 def _masked(left: int) -> str:
     """Load, store and keep `left` lanes of a vector."""
     mask = f"<{', '.join(f'i1 {int(lane < left)}' for lane in range(LANE))}>"
@@ -125,5 +145,6 @@ def helpers(functions: Iterable[str], widths: Iterable[int]) -> str:
     """All that a program calls: functions of `vector_math`, and rows of these widths."""
     lefts = sorted({width % LANE for width in widths} - {0})
     used = sorted(set(functions) & set(vector_math.FUNCTIONS))
-    return "".join([_ALWAYS, _extremes(), *map(_masked, lefts),
-                    vector_math.helpers(*used) if used else ""])
+    return "".join([_ALWAYS, _extremes(), _panels(), *map(_masked, lefts),
+                    *(vector_math.helpers(*used, lanes=count) for count in (LANE, PANEL)
+                      if used)])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from bincompile.runtime.schedules.common import LANE, ceil_div, span
+from bincompile.runtime.schedules import vector_math
+from bincompile.runtime.schedules.common import LANE, PANEL, VECTORS, ceil_div, span
 from bincompile.runtime.schedules.rows_body import REDUCTIONS, Input, Name, Step
 from bincompile.runtime.schedules.rows_emit import emit, number
 from bincompile.runtime.schedules.rows_plan import Plan
@@ -52,15 +53,14 @@ class Vector:
     sums: dict[Name, Any]
     values: dict[Name, Any] = dataclasses.field(default_factory=dict)
 
-    def run(self, steps: list[Step]) -> None:
-        """Do the steps, and keep what other phases read."""
-        for step in steps:
-            if step.op == "pack":
-                self._pack(step)
-            elif step.op in REDUCTIONS:
-                self._reduce(step)
-            else:
-                self.give(step, self._value(step))
+    def run(self, step: Step) -> None:
+        """Do a step, and keep what other phases read."""
+        if step.op == "pack":
+            self._pack(step)
+        elif step.op in REDUCTIONS:
+            self._reduce(step)
+        else:
+            self.give(step, self._value(step))
 
     def give(self, step: Step, value: Any) -> None:
         """A step's value, bound to a name, and stored where it is read again."""
@@ -163,3 +163,19 @@ def input_row(program: Program, name: Name, row: Any) -> Any:
     row = program.first + row
     period = program.arguments.periods.get(name)
     return row if period is None else program.T.floormod(row, period)
+
+
+def run(vectors: list[Vector], steps: list[Step]) -> None:
+    """Do the steps on vectors side by side, elementary functions on all of them as one."""
+    for step in steps:
+        if len(vectors) == VECTORS and step.op in vector_math.FUNCTIONS:
+            T = vectors[0].program.T
+            joined = T.bind(T.call_extern(f"float32x{PANEL}", "bincompile_join",
+                                          *(vector.read(step.reads[0]) for vector in vectors)))
+            results = T.bind(vector_math.apply(T, step.op, joined, PANEL))
+            for place, vector in enumerate(vectors):
+                vector.give(step, T.call_extern(f"float32x{LANE}", f"bincompile_part_{place}",
+                                                results))
+        else:
+            for vector in vectors:
+                vector.run(step)
