@@ -88,21 +88,25 @@ def failed(result: dict[str, Any]) -> list[str]:
     return [row["case"] for row in result["rows"] if "error" in row]
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any], *, markdown: bool = False) -> str:
     """The result of `run` as tables: targets or counts, where there are any, then times."""
+    show = _markdown if markdown else report.table
     broken = [f"{row['case']} failed: {row['error']}" for row in result["rows"] if "error" in row]
     rows = [row for row in result["rows"] if "error" not in row]
     counted = [row for row in rows if row.get("counts")]
     timed = [row for row in rows if not row.get("counts")]
     parts = [bench_match.text(counted)] if counted else []
     if judged := result.get(TARGETS):
-        parts.append(report.table(("target", "against", "limit", "measured", ""),
-                                  map(targets.cells, judged)) + "\n")
-    return "\n".join([*parts, *([_times(result, timed)] if timed else []), *broken])
+        parts.append(show(("target", "against", "limit", "measured", "verdict"),
+                          [targets.cells(target) for target in judged]) + "\n")
+    if timed:
+        parts.append(f"{result['suite']}, medians of interleaved rounds, load average "
+                     f"{result['load']:.1f} at the start\n{show(*_times(timed))}")
+    return "\n".join([*parts, *broken])
 
 
-def _times(result: dict[str, Any], rows: Sequence[Row]) -> str:
-    """One column for each candidate, peer, limit and value that any row has."""
+def _times(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """One column for each candidate, peer, limit and value that any row has, and the lines."""
     columns = [(kind, name, title.format(name), form) for kind, title, form in (
         ("ms", "{} ms", ".3f"), ("speedup", "x {}", ".2f"), ("share", "% of {}", ".1%"),
         ("values", "{}", ".4g"))
@@ -110,9 +114,13 @@ def _times(result: dict[str, Any], rows: Sequence[Row]) -> str:
     lines = [(row["case"], str(row["threads"]),
               *(_number(row.get(kind, {}).get(name), form) for kind, name, _, form in columns))
              for row in rows]
-    head = ("case", "threads", *(title for _, _, title, _ in columns))
-    return (f"{result['suite']}, medians of interleaved rounds, "
-            f"load average {result['load']:.1f} at the start\n{report.table(head, lines)}")
+    return ("case", "threads", *(title for _, _, title, _ in columns)), lines
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """The same as `report.table`, for a README; a blank line stands before it."""
+    rule = ["---", *["--:"] * (len(head) - 1)]
+    return "\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
 
 
 def _number(value: float | None, form: str) -> str:

@@ -129,6 +129,9 @@ def _add_optimize(parser: argparse.ArgumentParser) -> None:
                         help="function that returns holdout= of bincompile.optimize")
     parser.add_argument("--no-guard", action="store_true",
                         help="keep lossy rewrites whatever they cost")
+    parser.add_argument("--choices", type=Path, metavar="FILE.json",
+                        help="make the choices of this file again instead of measuring: "
+                             "\"choices\" of what --json printed")
 
 
 LOSSY_OPTIONS = ("layers", "keep", "calibration", "holdout", "no_guard")
@@ -191,12 +194,29 @@ def _optimize(options: argparse.Namespace) -> Outcome:
 
     asked, source = _lossy_options(options), load_source(options.model)
     with _own_patterns(options):
-        compiled = optimize(source.model, source.args, source.kwargs, **asked)
+        compiled = optimize(source.model, source.args, source.kwargs,
+                            choices=_choices(options.choices), **asked)
     compiled.save(options.output)
     size = options.output.stat().st_size
-    document = {"model": source.name, "output": str(options.output), "bytes": size}
+    document = {"model": source.name, "output": str(options.output), "bytes": size,
+                "choices": compiled.choices}
     return Outcome(document | compiled.report.to_dict(),
                    f"{compiled.report}\n\nsaved {options.output}: {size:,} bytes")
+
+
+def _choices(path: Path | None) -> dict[str, str] | None:
+    """The choices of a JSON file: a mapping of texts, alone or under "choices"."""
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text())
+        found = found.get("choices", found)
+        if not all(isinstance(choice, str) for choice in found.values()):
+            raise ValueError("a choice that is no text")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{str(path)!r} has no choices: {error}",
+                          "a JSON object of node: choice", "the --choices option") from error
+    return found
 
 
 def _verify(options: argparse.Namespace) -> Outcome:
@@ -223,6 +243,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME",
                         help="beginnings of names of cases, such as w1a1 of kernels or "
                              "transformers/bert of match (default: all)")
+    parser.add_argument("--markdown", action="store_true", help="tables as a README has them")
 
 
 def _bench(options: argparse.Namespace) -> Outcome:
@@ -230,7 +251,8 @@ def _bench(options: argparse.Namespace) -> Outcome:
 
     if options.what in bench.NAMES:
         result = bench.run(options.what, options.threads, options.only)
-        return Outcome(result, bench.table(result), not bench.failed(result))
+        text = bench.table(result, markdown=options.markdown)
+        return Outcome(result, text, not bench.failed(result))
     result = bench_model.run(options.what, options.threads)
     return Outcome(result, bench_model.text(result))
 

@@ -248,8 +248,11 @@ def replayed(found: Sequence[Site], choices: Mapping[str, str]) -> dict[str, str
 
 def refusals(found: Sequence[Site], kept: Mapping[str, str]) -> tuple[Refusal, ...]:
     """What the report says of layers that stay float for their speed."""
-    return tuple(
-        Refusal(site.operator, site.path, f"slower than what it replaces: {reason}" if reason
-                else "kept as it is by the choices that were given", site.node)
-        for site in found if site.node in kept
-        for reason in [parsed(kept[site.node])[1]])
+    def why(choice: str) -> str:
+        _, reason = parsed(choice)
+        if not reason:
+            return "kept as it is by the choices that were given"
+        return f"slower than what it replaces: {reason} (choices={{}} makes it binary)"
+
+    return tuple(Refusal(site.operator, site.path, why(kept[site.node]), site.node)
+                 for site in found if site.node in kept)

@@ -45,6 +45,8 @@ def test_a_table_has_a_line_for_each_case_and_a_dash_for_what_was_not_measured()
     assert "layers" in lines[0] and "0.2" in lines[0] and "x eager" in lines[1]
     assert lines[2].split() == ["a", "1", "0.500", "4.000", "8.00", "50.0%", "12"]
     assert lines[3].split() == ["b", "2", "0.250", "-", "-", "-", "-"]
+    marked = bench.table(result, markdown=True).splitlines()
+    assert marked[1] == "" and marked[4] == "| a | 1 | 0.500 | 4.000 | 8.00 | 50.0% | 12 |"
     assert lines[4] == "c failed: KernelError: why" and bench.failed(result) == ["c"]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import bincompile as bc
+from bincompile import cli
 from bincompile.compiled import CompiledModel
 from bincompile.config import Target
 from bincompile.errors import ConfigError, KernelError
@@ -91,7 +92,8 @@ def test_a_layer_that_is_slower_binary_stays_float(clock: Callable[..., Clock]) 
     compiled = binary()
     assert made.asked.count((choose.BINARY, choose.FLOAT)) == 1
     reasons = [r.reason for r in compiled.report.refusals]
-    assert reasons == ["slower than what it replaces: 2.5 ms against 1 ms"] * 2
+    assert reasons == ["slower than what it replaces: 2.5 ms against 1 ms (choices={} makes it "
+                       "binary)"] * 2
     assert [r.path for r in compiled.report.refusals] == ["0", "2"]
     assert [r.path for r in compiled.report.rewrites if r.kind == "lossy"] == ["3"]
     kept = [c for c in compiled.choices.values() if c.startswith("float")]
@@ -146,6 +148,27 @@ def test_choices_are_saved(clock: Callable[..., Clock], tmp_path: Path) -> None:
     loaded = bc.load(tmp_path / "a.bcz")
     assert loaded.choices == compiled.choices and "float (2 ms against 1 ms)" in \
         loaded.choices.values()
+
+
+def test_the_command_line_makes_choices_again(
+        clock: Callable[..., Clock], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.py"
+    file.write_text(f"import torch\nS = {SIZE}\ndef build():\n"
+                    "    return torch.nn.Linear(S, S).eval(), (torch.ones(3, S),), {}\n")
+    command = ["optimize", f"{file}:build", "-o", str(tmp_path / "a.bcz"), "--json", "--binary",
+               "w1a1", "--no-guard"]
+    clock(binary=2.0, float=1.0)
+    assert cli.main(command) == cli.DONE
+    printed = capsys.readouterr().out
+    assert list(json.loads(printed)["choices"].values()) == ["float (2 ms against 1 ms)"]
+    (tmp_path / "choices.json").write_text(printed)
+    made = clock()
+    assert cli.main([*command, "--choices", str(tmp_path / "choices.json")]) == cli.DONE
+    assert json.loads(capsys.readouterr().out) == json.loads(printed) and not made.asked
+    for text in ("[]", "{", '{"linear": 1}'):
+        (tmp_path / "choices.json").write_text(text)
+        assert cli.main([*command, "--choices", str(tmp_path / "choices.json")]) == cli.MISUSED
+        assert "has no choices" in capsys.readouterr().err
 
 
 def test_nothing_is_measured_where_it_is_switched_off(clock: Callable[..., Clock],

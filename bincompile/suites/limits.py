@@ -12,7 +12,8 @@ from bincompile.runtime.tvm import Recipe, load, obstacle
 from bincompile.suites.rows import COPY, OURS, PEAK, Case, Row, row, times_of
 
 # Words of 32 bits in a vector, and accumulators that fit beside what else the loop holds.
-REGISTERS = {"avx512-vpopcntdq": (16, 24), "avx2": (8, 6), "x86-64": (4, 6), "neon": (4, 12)}
+REGISTERS = {"avx512-vpopcntdq": (16, 24), "avx2": (8, 6), "x86-64": (4, 6),
+             "neon-dotprod": (4, 12), "neon": (4, 12)}
 WORD = 32
 PRODUCTS = 2 << 30  # of the row that shows the peak itself
 COPIED = {"last-level cache": 2 << 20, "memory": 256 << 20}  # bytes that are read
