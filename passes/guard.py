@@ -16,6 +16,7 @@ import torch
 from bincompile.config import Binary, Guard
 from bincompile.errors import AccuracyError, AccuracyUnknownError, ConfigError, InputError
 from bincompile.passes.binarise import Site, binarise, sites
+from bincompile.passes.binarise_attention import attention_refusals
 from bincompile.program import Program
 from bincompile.record import Refusal
 
@@ -57,7 +58,8 @@ def guarded(program: Program, binary: Binary, guard: Guard | None, calibration: 
         return program.next(program.graph_module, "binary")
     if not found:
         return program.next(program.graph_module, "binary", notes=(
-            *program.notes, f"binary={binary.precision!r}: no layer matches {binary.layers!r}"))
+            *program.notes, f"binary={binary.precision!r}: no layer matches {binary.layers!r}"),
+            refusals=(*program.refusals, *attention_refusals(program, binary)))
     if guard is None:
         note = f"binary={binary.precision!r} without a guard: the divergence was not measured"
         result = binarise(program, binary, found)
