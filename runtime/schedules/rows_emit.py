@@ -34,8 +34,8 @@ def _math(name: str) -> Callable[..., Any]:
     return lambda T, x: vector_math.apply(T, name, x)
 
 
-_COMPARISONS = {"eq": operator.eq, "ne": operator.ne, "lt": operator.lt, "le": operator.le,
-                "gt": operator.gt, "ge": operator.ge}
+_COMPARISONS = {"eq": operator.eq, "lt": operator.lt, "le": operator.le, "gt": operator.gt,
+                "ge": operator.ge}
 
 
 def _truth(compare: Callable[[Any, Any], Any]) -> Callable[..., Any]:
@@ -60,6 +60,8 @@ POINTWISE: Mapping[str, Callable[..., Any]] = {
     "cube": lambda T, x: x * x * x,
     "inverse_square": lambda T, x: number(T, 1) / (x * x),
     **{name: _truth(compare) for name, compare in _COMPARISONS.items()},
+    # TVM's own "not equal" is false for a nan
+    "ne": lambda T, a, b: T.Select(a == b, number(T, 0), number(T, 1)),
     "logical_and": lambda T, a, b: a * b,
     "logical_or": lambda T, a, b: a + b - a * b,
     "logical_not": lambda T, a: number(T, 1) - a,
