@@ -153,6 +153,17 @@ def test_an_end_without_beginnings_is_no_bag_and_no_offset_an_error() -> None:
     assert found.shape == (1, 9) and torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_bags_of_one_length_have_no_last_offset(mode: str) -> None:
+    call = bag_call(9, mode, include_last_offset=True)
+    agree(call)
+    indices, plain = call.value("indices"), expected(call, include_last_offset=False)
+    assert torch.equal(expected(call), plain) and plain.shape == (4, 9)
+    for packed in (False, True):
+        layer = BinaryEmbeddingBag(ROWS, 9, mode=mode, include_last_offset=True, packed=packed)
+        assert layer(indices).shape == (4, 9)
+
+
 def test_weights_have_to_fit_and_may_be_anything() -> None:
     call = bag_call(20, "sum", weights=torch.randn(4, 6))
     kernel, indices = bound(call), torch.randint(ROWS, (4, 6))

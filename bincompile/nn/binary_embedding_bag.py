@@ -16,7 +16,7 @@ from bincompile.ops.binary_embedding_bag import (
     binary_embedding_bag,
     check_bags,
     reduce_rows,
-    within_bags,
+    torch_bags,
 )
 from bincompile.ops.embedding import check_indices
 from bincompile.ops.fake_binary_rows import fake_binary_rows
@@ -104,13 +104,11 @@ class BinaryEmbeddingBag(BinaryTable):
                       weights: torch.Tensor | None) -> torch.Tensor:
         check_bags(input, offsets, weights, self.mode, self.include_last_offset)
         check_indices(input, self.num_embeddings)
-        if offsets is None:  # spelled out, because torch refuses bags of length 0
-            offsets = torch.arange(input.shape[0], device=input.device) * input.shape[1]
-        input, offsets, last = within_bags(input, offsets, self.mode, self.include_last_offset)
+        flat, starts, last = torch_bags(input, offsets, self.mode, self.include_last_offset)
         table = fake_signs.overload(self.weight) if self.mode == MAJORITY else \
             fake_binary_rows.overload(self.weight, self.bases)
         return self._voted(F.embedding_bag(
-            input.reshape(-1).long(), table, offsets.long(), mode=self._reduction,
+            flat.long(), table, starts, mode=self._reduction,
             padding_idx=self.padding_idx,
             per_sample_weights=None if weights is None else weights.reshape(-1).to(table.dtype),
             include_last_offset=last))

@@ -24,15 +24,19 @@ def vote(mean: torch.Tensor, tie: float) -> torch.Tensor:
     return torch.where(mean == 0, tie, torch.where(mean > 0, 1.0, -1.0)).to(mean.dtype)
 
 
-def within_bags(indices: torch.Tensor, offsets: torch.Tensor | None, mode: str,
-                include_last_offset: bool) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-    """Indices, offsets and include_last_offset, so that torch can take them for a maximum.
+def torch_bags(indices: torch.Tensor, offsets: torch.Tensor | None, mode: str,
+               include_last_offset: bool) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Flat indices, offsets and include_last_offset as torch's kernel can take them.
 
-    It writes behind its result where indices come after the last bag, so those are left out.
+    It refuses bags of length 0 without offsets, and for a maximum it writes behind its result
+    where indices come after the last bag.
     """
-    if not include_last_offset or mode != "max" or offsets is None or is_fake(offsets):
-        return indices, offsets, include_last_offset
-    return indices[:int(offsets[-1])], offsets[:-1], False
+    if offsets is None:
+        starts = torch.arange(indices.shape[0], device=indices.device) * indices.shape[1]
+        return indices.reshape(-1), starts, False
+    if include_last_offset and mode == "max" and not is_fake(offsets):
+        return indices[:int(offsets[-1])], offsets[:-1].long(), False
+    return indices, offsets.long(), include_last_offset
 
 
 def reduce_rows(rows: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor | None,
@@ -42,19 +46,15 @@ def reduce_rows(rows: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor
 
     It is `torch.nn.functional.embedding_bag` over rows that were looked up before.
     """
-    indices, offsets, include_last_offset = within_bags(indices, offsets, mode, include_last_offset)
-    rows = rows[:indices.numel()]
-    count = indices.numel()
-    places = torch.arange(count, device=indices.device)
-    if offsets is None:  # spelled out, because torch refuses bags of length 0
-        offsets = torch.arange(indices.shape[0], device=indices.device) * indices.shape[1]
+    flat, starts, last = torch_bags(indices, offsets, mode, include_last_offset)
+    count = flat.shape[0]
+    places, rows = torch.arange(count, device=indices.device), rows[:count]
+    weights = None if weights is None else weights.reshape(-1)[:count].to(rows.dtype)
     if padding_idx is not None:
-        places = torch.where(indices.reshape(-1) == padding_idx, count, places)
+        places = torch.where(flat == padding_idx, count, places)
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
     return F.embedding_bag(
-        places, rows, offsets.long(), mode=mode,
-        per_sample_weights=None if weights is None else weights.reshape(-1).to(rows.dtype),
-        include_last_offset=include_last_offset,
+        places, rows, starts, mode=mode, per_sample_weights=weights, include_last_offset=last,
         padding_idx=None if padding_idx is None else count)
 
 
