@@ -242,14 +242,17 @@ def copy_module(graph_module: fx.GraphModule,
 
 def store(graph_module: fx.GraphModule, name: str, tensor: torch.Tensor) -> fx.Node:
     """A new get_attr node at the head of the graph for a new stored tensor."""
-    taken = {n.target for n in graph_module.graph.nodes if n.op == "get_attr"}
+    stored = graph_module.graph.find_nodes(op="get_attr", sort=False)
+    taken = {n.target for n in stored}
     unique = name
     for index in range(1, len(taken) + 2):
         if unique not in taken and not hasattr(graph_module, unique):
             break
         unique = f"{name}_{index}"
     parent, _, leaf = unique.rpartition(".")
-    if parent and parent not in dict(graph_module.named_modules()):
+    try:
+        graph_module.get_submodule(parent)
+    except AttributeError:
         graph_module.add_submodule(parent, torch.nn.Module())
     graph_module.get_submodule(parent).register_buffer(leaf, tensor)
     first = next(iter(graph_module.graph.nodes))
