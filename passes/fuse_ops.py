@@ -118,10 +118,16 @@ def _square(given: Arguments, node: fx.Node) -> Step:
     return Step("mul", (given["self"], given["self"]))
 
 
+# Powers that torch computes in other ways than as exp(y log(x)).
+POWERS: Mapping[float, Callable[[Any], Step]] = {
+    2: lambda x: Step("mul", (x, x)), 3: lambda x: Step("mul", (Step("mul", (x, x)), x)),
+    0.5: lambda x: Step("sqrt", (x,)), -0.5: lambda x: Step("rsqrt", (x,)),
+    -1: lambda x: Step("reciprocal", (x,))}
+
+
 def _power(given: Arguments, node: fx.Node) -> Step:
-    if given["exponent"] == 2:
-        return _square(given, node)
-    return Step("pow", (given["self"], given["exponent"]))
+    known = POWERS.get(given["exponent"])
+    return known(given["self"]) if known else Step("pow", (given["self"], given["exponent"]))
 
 
 def _masked_fill(given: Arguments, node: fx.Node) -> Step:
