@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import bincompile as bc
+from bincompile.errors import InputError
 from bincompile.runtime.bound import Bound
 from bincompile.runtime.buffers import MOST_ARENAS, MOST_LAYOUTS, Layout
 from bincompile.runtime.executor import Executable
@@ -203,5 +204,5 @@ def test_explain_gives_the_time_of_every_node(stack):
     assert "aten.chunk" in str(profile) or "aten.split" in str(profile)
     assert profile.to_dict()["threads"] == torch.get_num_threads()
     assert compiled.explain() == compiled.executable.explain()
-    with pytest.raises(bc.errors.InputError):
+    with pytest.raises(InputError):
         compiled.explain((torch.randn(3, 25),))
