@@ -21,7 +21,7 @@ FLIPPED_ROWS = 0.02  # most rows of a result, beside one, that another sign may 
 
 
 def check_kernels(program: Program, executable: Executable, flat: Sequence[Any],
-                  on: str = "reference") -> None:
+                  on: str = "reference") -> list[Any]:
     """Run every bound kernel beside its reference.
 
     Args:
@@ -29,6 +29,9 @@ def check_kernels(program: Program, executable: Executable, flat: Sequence[Any],
         executable: its kernels.
         flat: flat inputs of one call.
         on: whose values each kernel gets: those of the "reference" before it, or of the "kernels".
+
+    Returns:
+        The flat results, of references or of kernels.
 
     Raises:
         ProofError: a kernel is further from its reference than its operator allows.
@@ -46,7 +49,7 @@ def check_kernels(program: Program, executable: Executable, flat: Sequence[Any],
             return expected if on == "reference" else found
 
     with torch.no_grad():
-        Compare(program.graph_module).run(*flat)
+        return list(Compare(program.graph_module).run(*flat))
 
 
 def _check_kernel(name: str, operator: Operator, values: Mapping[str, Any], expected: Any,
