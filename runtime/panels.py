@@ -1,13 +1,10 @@
-"""What the compiled linear kernels share: the packed layout, and the function that calls them.
+"""What the compiled linear kernels share: which calls they take, and the packed layout.
 
 A panel holds 64 outputs: 4 vectors of 16 words, each word 32 bits of one output, bit 1 where the
 weight is negative. Padding bits, columns and outputs are 0.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -16,6 +13,8 @@ from bincompile.runtime.forms import restorable
 from bincompile.runtime.kernels import Call, host_reason
 from bincompile.runtime.schedules.common import LANE, PANEL, VECTORS, WORD, ceil_div
 
+# Rows that are multiplied together: as many as the registers hold sums of.
+TILES = {"avx512-vpopcntdq": 4}
 INPUTS = (torch.float32, torch.float16, torch.bfloat16)
 _STORED = ("weight", "weight_scale", "bias", "in_features", "activation", "activation_scale",
            "shift")
@@ -91,40 +90,3 @@ def pad(values: torch.Tensor, size: int, multiple: int = PANEL) -> torch.Tensor:
     padded = torch.zeros(ceil_div(size, multiple) * multiple)
     padded[:size] = values
     return padded
-
-
-def runner(module: Any, stored: Sequence[torch.Tensor], features: int, outputs: int,
-           block: int, worth_threads: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from x (..., features) to (..., outputs) that calls the compiled module.
-
-    Args:
-        stored: the arguments of the compiled functions between x and the result.
-        block: rows of one block of the schedule.
-        worth_threads: products below which a second thread costs more than it brings.
-    """
-    from tvm_ffi import from_dlpack
-
-    kept = [from_dlpack(tensor) for tensor in stored]
-    serial, by_rows, by_panels = (module[mode] for mode in ("serial", "rows", "panels"))
-    few, panels = worth_threads // (features * outputs), ceil_div(outputs, PANEL)
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        flat = x if x.dtype is torch.float32 else x.float()
-        if flat.ndim != 2:
-            flat = flat.reshape(-1, features)
-        if not flat.is_contiguous():
-            flat = flat.contiguous()
-        rows = flat.shape[0]
-        out = torch.empty(rows, outputs)
-        threads = torch.get_num_threads()
-        if threads == 1 or rows <= few:
-            serial(flat, *kept, out)
-        elif rows >= threads * block * (4 if panels >= 2 * threads else 1):
-            by_rows(flat, *kept, out)
-        else:
-            by_panels(flat, *kept, out)
-        if x.ndim != 2:
-            out = out.view(*x.shape[:-1], outputs)
-        return out if x.dtype is torch.float32 else out.to(x.dtype)
-
-    return run

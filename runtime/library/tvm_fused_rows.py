@@ -12,7 +12,7 @@ from bincompile.body import Body
 from bincompile.ops.embedding import check_indices
 from bincompile.runtime.bound import Bound, Size
 from bincompile.runtime.kernels import Call, Dynamic, Kernel, host_reason, parts_of
-from bincompile.runtime.panels import pad, shared_panels
+from bincompile.runtime.panels import TILES, pad, shared_panels
 from bincompile.runtime.row_inputs import Unsuitable, inputs_of
 from bincompile.runtime.schedules.rows_body import Input, steps_of
 from bincompile.runtime.tvm import Recipe, load, obstacle
@@ -20,7 +20,6 @@ from bincompile.runtime.tvm import Recipe, load, obstacle
 # Rows of a block: few, so that what is kept between products stays in the nearest cache; more
 # where the weights, read once for each block, are too many for the second-level cache.
 BLOCK, FEW, CACHE = 32, 16, 1 << 20
-TILES = {"avx512-vpopcntdq": 4}  # rows multiplied together: as many as registers hold sums of
 WORTH_THREADS = 20_000  # nanoseconds of work, below which a second thread costs more than it brings
 PRODUCTS, NUMBERS = 1000, 20  # that one core does in a nanosecond: about what decides on threads
 

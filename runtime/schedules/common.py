@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 LANE = 16  # outputs of one vector
 VECTORS = 4  # vectors of one panel
@@ -16,42 +16,6 @@ MODES = {"serial": ("serial", "serial"), "rows": ("parallel", "serial"),
          "panels": ("serial", "parallel")}
 
 
-class Linear(NamedTuple):
-    """The buffers of a packed linear of symbolic rows; what it does without is None."""
-
-    rows: Any
-    x: Any
-    weight: Any
-    scale: Any
-    bias: Any
-    shift: Any
-    activation_scale: Any
-    out: Any
-
-
-def linear_buffers(T: Any, name: str, features: int, outputs: int, bias: bool, shift: bool,
-                   activation_scale: bool = False) -> Linear:
-    """Name the function being built, and declare its arguments in the order of `Linear`."""
-    words, panels = ceil_div(features, WORD), ceil_div(outputs, PANEL)
-    T.func_name(name)
-    T.func_attr({"global_symbol": name, "tirx.noalias": True})
-    rows = T.int64()
-
-    def argument(label: str, shape: tuple[Any, ...], dtype: str = "float32",
-                 align: int = 64) -> Any:
-        return T.match_buffer(T.arg(label, T.handle()), shape, dtype, align=align)
-
-    return Linear(
-        rows,
-        argument("x", (rows, features), align=4),
-        argument("weight", (panels, words, VECTORS, LANE), "uint32"),
-        argument("weight_scale", (panels * PANEL,)),
-        argument("bias", (panels * PANEL,)) if bias else None,
-        argument("shift", (words * WORD,)) if shift else None,
-        argument("activation_scale", (1,)) if activation_scale else None,
-        argument("out", (rows, outputs), align=4))
-
-
 def ceil_div(value: Any, by: int) -> Any:
     """The quotient, rounded up."""
     return (value + by - 1) // by
@@ -60,22 +24,6 @@ def ceil_div(value: Any, by: int) -> Any:
 def span(T: Any, start: Any, lanes: int = LANE) -> Any:
     """The index of consecutive elements."""
     return T.ramp(start, 1, lanes) if lanes > 1 else start
-
-
-def store_outputs(T: Any, out: Any, row: Any, column: Any, values: Any, outputs: int,
-                  lanes: int = LANE) -> None:
-    """Store one vector of outputs; columns from `outputs` on are padding and are not stored."""
-    if outputs % PANEL == 0:
-        T.buffer_store(out, values, [row, span(T, column, lanes)])
-        return
-    with T.If(column + lanes <= outputs):
-        with T.Then():
-            T.buffer_store(out, values, [row, span(T, column, lanes)])
-        with T.Else():
-            kept = T.alloc_buffer((lanes,), "float32", scope="local")
-            T.buffer_store(kept, values, [span(T, 0, lanes)])
-            with T.serial(0, lanes) as lane, T.If(column + lane < outputs), T.Then():
-                T.buffer_store(out, kept[lane], [row, column + lane])
 
 
 def load_tail(T: Any, x: Any, row: Any, column: int) -> Any:

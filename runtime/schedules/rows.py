@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bincompile.runtime.schedules.common import ceil_div
+from bincompile.runtime.schedules.common import MODES, ceil_div
 from bincompile.runtime.schedules.rows_body import LOOK_UPS, Input, Name, Step, steps_of
 from bincompile.runtime.schedules.rows_loops import linear_phase, row_phases, tiles
 from bincompile.runtime.schedules.rows_plan import Plan, plan
@@ -21,12 +21,11 @@ from bincompile.runtime.schedules.rows_vector import Program, input_row
 
 # Passes of TVM without use here that would take half of the time of a compilation.
 SKIPPED = ("s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse")
-MODES = {"serial": "serial", "rows": "parallel"}
 
 
-def build(body: str, inputs: tuple[tuple[Any, ...], ...], rank: int, block: int,
-          tile: int) -> Any:
-    """The IRModule, with one function for each of `MODES`.
+def build(body: str, inputs: tuple[tuple[Any, ...], ...], rank: int, block: int, tile: int,
+          modes: tuple[str, ...] = ("serial", "rows")) -> Any:
+    """The IRModule, with one function for each mode.
 
     Args:
         body: the program's text.
@@ -34,6 +33,7 @@ def build(body: str, inputs: tuple[tuple[Any, ...], ...], rank: int, block: int,
         rank: how many leading axes the results have.
         block: the most rows of one block.
         tile: rows that are worked on together.
+        modes: keys of `common.MODES`; "panels" only for products that nothing is added up after.
     """
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import ir as I
@@ -42,7 +42,7 @@ def build(body: str, inputs: tuple[tuple[Any, ...], ...], rank: int, block: int,
     given = tuple(Input(*fields) for fields in inputs)
     steps, results, widths = steps_of(body, given)
     with IRBuilder() as builder, I.ir_module():
-        for mode in MODES:
+        for mode in modes:
             _function(T, mode, given, steps, plan(steps, results, widths), widths,
                       (rank, block, tile))
     return builder.get()
@@ -50,6 +50,7 @@ def build(body: str, inputs: tuple[tuple[Any, ...], ...], rank: int, block: int,
 
 def _function(T: Any, mode: str, inputs: tuple[Input, ...], steps: list[Step], made: Plan,
               widths: dict[Name, int], sizes: tuple[int, int, int]) -> None:
+    blocks, panels = MODES[mode]
     text = helpers([step.op for step in steps], widths.values())
     with T.prim_func():
         T.func_name(mode)
@@ -58,12 +59,12 @@ def _function(T: Any, mode: str, inputs: tuple[Input, ...], steps: list[Step], m
         with T.attr(0, "pragma_import_llvm", text):
             bad = T.alloc_buffer((1,), "int32")
             T.buffer_store(bad, T.int32(0), [0])
-            with getattr(T, MODES[mode])(0, ceil_div(arguments.rows, arguments.step)) as block:
+            with getattr(T, blocks)(0, ceil_div(arguments.rows, arguments.step)) as block:
                 first = block * arguments.step
                 count = T.bind(T.min(arguments.step, arguments.rows - first))
                 scratch = allocate(T, made, *sizes[1:])
                 program = Program(T, made, inputs, widths, arguments, scratch,
-                                  {step.target: step for step in steps}, first, bad)
+                                  {step.target: step for step in steps}, first, bad, panels)
                 _block(program, count, sizes[2])
             T.Return(bad[0])
 

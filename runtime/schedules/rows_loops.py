@@ -115,7 +115,7 @@ def linear_phase(program: Program, phase: Phase, count: Any, tile: int) -> None:
               lambda row, height: _panel(program, phase, (place, left), row, height, tile))
 
     if whole:
-        with T.serial(0, whole) as place:
+        with getattr(T, program.panels)(0, whole) as place:
             panel(place, PANEL)
     if left:
         panel(whole, left)

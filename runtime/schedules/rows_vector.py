@@ -29,6 +29,7 @@ class Program:
     steps: dict[Name, Step]
     first: Any  # the block's first row
     bad: Any  # set where an index is not in its table
+    panels: str  # how the loop over the panels of a product runs
 
     def input(self, name: Name) -> Input:
         """How an input is read."""
