@@ -51,7 +51,7 @@ class Binary:
     bases: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.bases, bool) or self.bases not in BASES:
+        if type(self.bases) is not int or self.bases not in BASES:
             raise ConfigError(f"Binary(bases={self.bases!r})", "an int from 1 to 4",
                               "Binary(bases=)")
         for name in ("attention", "values"):

@@ -1,4 +1,4 @@
-"""What the compiled int8 linear kernels share: packed bases, and the function that calls them.
+"""What compiled linear layers with bases share: packed bases, and the function that calls them.
 
 Their weights are bases beside each other: uint8 (outputs, bases * ceil(features / 8)), bit 1 where
 positive; padding bits and outputs become 0 and stand for nothing.
@@ -15,7 +15,7 @@ from bincompile.runtime.bound import Bound, Size
 from bincompile.runtime.kernels import Call, host_reason
 from bincompile.runtime.panels import INPUTS
 from bincompile.runtime.schedules import w1a8_dot, w1a8_linear
-from bincompile.runtime.schedules.common import LANE, WORD, ceil_div
+from bincompile.runtime.schedules.common import LANE, PANEL, VECTORS, WORD, ceil_div
 
 CHUNK = 1 << 22  # bits that are unpacked at a time
 
@@ -50,6 +50,23 @@ def pack_bytes(weight: torch.Tensor, count: int, features: int) -> torch.Tensor:
     return codes.view(count, panels, LANE, words).transpose(2, 3).contiguous().view(torch.uint32)
 
 
+def pack_words(weight: torch.Tensor, count: int, features: int, inputs: int) -> torch.Tensor:
+    """Some bits of one output in a word, 1 where negative: uint32 (bases, panels, words, 4, 16).
+
+    Args:
+        inputs: how many bits a word holds.
+
+    Example:
+        >>> packed = pack_words(torch.tensor([[5]], dtype=torch.uint8), 1, 3, 30)
+        >>> packed.shape, packed.view(torch.int32)[0, 0, 0, 0, 0].item() & 7
+        (torch.Size([1, 1, 1, 4, 16]), 2)
+    """
+    panels, words = ceil_div(weight.shape[0], PANEL), ceil_div(features, inputs)
+    codes = ~_words(weight, count, features, panels * PANEL, (words, inputs), torch.int32)
+    lanes = codes.view(count, panels, VECTORS, LANE, words).permute(0, 1, 4, 2, 3)
+    return lanes.contiguous().view(torch.uint32)
+
+
 def _words(weight: torch.Tensor, count: int, features: int, outputs: int, shape: tuple[int, int],
            dtype: torch.dtype, order: torch.Tensor | None = None) -> torch.Tensor:
     """The bits of every output in words (count, outputs, words), some outputs at a time."""
@@ -70,7 +87,7 @@ def _words(weight: torch.Tensor, count: int, features: int, outputs: int, shape:
 
 
 def chosen_reason(call: Call) -> str | None:
-    """Why the compiled int8 kernels can't run this call, if they can't."""
+    """Why the compiled kernels can't run this call, if they can't."""
     unknown = next((name for name in call.operator.arguments
                     if name != "x" and not call.is_stored(name)), None)
     if unknown:
@@ -82,6 +99,13 @@ def chosen_reason(call: Call) -> str | None:
     if 0 in (call.value("in_features"), call.value("weight").shape[0]):
         return "a layer without inputs or outputs"
     return host_reason(call)
+
+
+def scales_of(call: Call) -> torch.Tensor:
+    """The scales of a layer's weights, (outputs, bases)."""
+    scale: torch.Tensor = call.value("weight_scale").detach()
+    outputs = call.value("weight").shape[0]
+    return scale if scale.ndim == 2 else scale.expand(outputs).unsqueeze(-1)
 
 
 def bound(module: Any, stored: list[torch.Tensor], features: int, outputs: int, block: int,

@@ -1,26 +1,26 @@
-"""Linear layers with 1-bit weights and float activations, compiled by TVM: tables of sums."""
+"""Linear layers with bases of 1-bit weights and float activations, by TVM: tables of sums."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
+from bincompile.runtime.bound import Bound
+from bincompile.runtime.chosen_sums import bound, chosen_reason, pack_words, scales_of
 from bincompile.runtime.kernels import Call, Kernel
-from bincompile.runtime.panels import fold_signs, linear_reason, pack_weight, pad, runner
-from bincompile.runtime.schedules.common import WORD
-from bincompile.runtime.schedules.w1a32_linear import BLOCK
+from bincompile.runtime.panels import fold_signs, pad
+from bincompile.runtime.schedules import w1a32_linear
+from bincompile.runtime.schedules.common import PANEL, WORD, ceil_div
 from bincompile.runtime.tvm import Recipe, load, obstacle
 
 WORTH_THREADS = 1 << 21
-TABLES = {"avx512-vpopcntdq": 16, "avx2": 8}  # sums that fit in one register
+TABLES = {"avx512-vpopcntdq": 32, "avx2": 8, "x86-64": 4}  # sums that fit in one register
 
 
 def _recipe(call: Call) -> Recipe:
     return Recipe("w1a32_linear", {
         "features": call.value("in_features"), "outputs": call.value("weight").shape[0],
-        "bias": call.value("bias") is not None, "shift": call.value("shift") is not None,
-        "table": TABLES[call.target.isa]})
+        "bases": scales_of(call).shape[1], "bias": call.value("bias") is not None,
+        "shift": call.value("shift") is not None, "table": TABLES[call.target.isa]})
 
 
 def _supports(call: Call) -> str | None:
@@ -28,19 +28,23 @@ def _supports(call: Call) -> str | None:
         return "the activations are not float"
     if call.target.isa not in TABLES:
         return f"it needs one of {', '.join(TABLES)}; the target is {call.target}"
-    return linear_reason(call) or obstacle(_recipe(call), call.target)
+    return chosen_reason(call) or obstacle(_recipe(call), call.target)
 
 
-def _bind(call: Call) -> Callable[[torch.Tensor], torch.Tensor]:
+def _bind(call: Call) -> Bound:
     features, outputs = call.value("in_features"), call.value("weight").shape[0]
-    packed = pack_weight(call.value("weight"), features)
-    stored = [packed if TABLES[call.target.isa] == 16 else fold_signs(packed)]
-    stored += [pad(call.value(name), outputs) for name in ("weight_scale", "bias")
-               if call.value(name) is not None]
+    scales, padded = scales_of(call), ceil_div(outputs, PANEL) * PANEL
+    table, weight = TABLES[call.target.isa], call.value("weight").detach()
+    packed = pack_words(weight, scales.shape[1], features, w1a32_linear.TABLES[table].inputs)
+    stored = [fold_signs(packed) if table == 8 else packed,
+              torch.stack([pad(base, outputs, padded) for base in scales.mT])]
+    if call.value("bias") is not None:
+        stored.append(pad(call.value("bias").detach(), outputs, padded))
     if call.value("shift") is not None:
-        stored.append(pad(call.value("shift"), features, WORD))
-    return runner(load(_recipe(call), call.target), stored, features, outputs, BLOCK,
-                  WORTH_THREADS)
+        stored.append(pad(call.value("shift").detach(), features, WORD))
+    return bound(load(_recipe(call), call.target), stored, features, outputs,
+                 w1a32_linear.BLOCK, WORTH_THREADS)
 
 
-KERNEL = Kernel("tvm-w1a32", "binary_linear", _supports, _bind, priority=20, recipe=_recipe)
+KERNELS = tuple(Kernel("tvm-w1a32", operator, _supports, _bind, priority=20, recipe=_recipe)
+                for operator in ("binary_linear", "binary_bases_linear"))

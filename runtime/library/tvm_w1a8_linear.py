@@ -8,7 +8,13 @@ from typing import NamedTuple
 import torch
 
 from bincompile.runtime.bound import Bound
-from bincompile.runtime.chosen_sums import bound, chosen_reason, pack_bytes, pack_fives
+from bincompile.runtime.chosen_sums import (
+    bound,
+    chosen_reason,
+    pack_bytes,
+    pack_fives,
+    scales_of,
+)
 from bincompile.runtime.kernels import Call, Kernel
 from bincompile.runtime.panels import pad
 from bincompile.runtime.schedules import w1a8_dot, w1a8_linear
@@ -34,18 +40,11 @@ FORMS = {
 }
 
 
-def _scales(call: Call) -> torch.Tensor:
-    """Scales (outputs, bases)."""
-    scale: torch.Tensor = call.value("weight_scale")
-    outputs = call.value("weight").shape[0]
-    return scale if scale.ndim == 2 else scale.expand(outputs).unsqueeze(-1)
-
-
 def _recipe(call: Call) -> Recipe:
     form = FORMS[call.target.isa]
     return Recipe(form.schedule, {
         "features": call.value("in_features"), "outputs": call.value("weight").shape[0],
-        "bases": _scales(call).shape[1], "bias": call.value("bias") is not None,
+        "bases": scales_of(call).shape[1], "bias": call.value("bias") is not None,
         "shift": call.value("shift") is not None, **form.parameters})
 
 
@@ -59,7 +58,7 @@ def _supports(call: Call) -> str | None:
 
 def _bind(call: Call) -> Bound:
     features, outputs = call.value("in_features"), call.value("weight").shape[0]
-    form, scales = FORMS[call.target.isa], _scales(call)
+    form, scales = FORMS[call.target.isa], scales_of(call)
     packed = form.pack(call.value("weight").detach(), scales.shape[1], features)
     padded = packed.numel() // (packed.shape[0] * packed.shape[2])  # outputs: of a base, of a word
     stored = [packed, torch.stack([pad(base.detach(), outputs, padded) for base in scales.mT])]

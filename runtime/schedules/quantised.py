@@ -1,4 +1,4 @@
-"""What the schedules of int8 activations share: arguments, quantised rows, scaled outputs.
+"""What the schedules of int8 activations share: quantised rows, and sums that are scaled.
 
 A row's scale is its largest |x| over 127; each number is x * (127 / largest), rounded half to even.
 A row whose largest |x| is below 2^-100 counts as zero; one with nan or an infinity has scale nan.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from bincompile.runtime.schedules.common import LANE, WORD, ceil_div, load_tail, span, tail_text
+from bincompile.runtime.schedules.common import LANE, ceil_div, load_tail, span, tail_text
+from bincompile.runtime.schedules.layer import Layer
 
 LEVELS = 127
 SMALLEST = 0x0D800000  # the bits of 2^-100
@@ -55,51 +56,12 @@ define <16 x float> @bincompile_rounded(<16 x float> %v) alwaysinline {
 """
 
 
-class Layer(NamedTuple):
-    """The buffers of a linear layer of symbolic rows; what it does without is None."""
-
-    rows: Any
-    x: Any
-    weight: Any
-    scale: Any
-    bias: Any
-    shift: Any
-    out: Any
-
-
 class Rows(NamedTuple):
     """A tile of rows: the first, their scales, and the totals of their numbers."""
 
     first: Any
     scales: Any
     sizes: Any
-
-
-def declare(T: Any, name: str, features: int, outputs: int, bias: bool, shift: bool,
-            weight: tuple[int, ...], dtype: str, padded: int) -> Layer:
-    """Name the function being built, and declare its arguments in the order of `Layer`.
-
-    Args:
-        weight: shape of the packed weight, bases first.
-        dtype: its dtype.
-        padded: how many outputs it holds, those of padding included.
-    """
-    T.func_name(name)
-    T.func_attr({"global_symbol": name, "tirx.noalias": True})
-    rows = T.int64()
-
-    def argument(label: str, shape: tuple[Any, ...], dtype: str = "float32",
-                 align: int = 64) -> Any:
-        return T.match_buffer(T.arg(label, T.handle()), shape, dtype, align=align)
-
-    return Layer(
-        rows,
-        argument("x", (rows, features), align=4),
-        argument("weight", weight, dtype),
-        argument("weight_scale", (weight[0], padded)),
-        argument("bias", (padded,)) if bias else None,
-        argument("shift", (ceil_div(features, WORD) * WORD,)) if shift else None,
-        argument("out", (rows, outputs), align=4))
 
 
 def quantise(T: Any, layer: Layer, rows: Rows, row: int, numbers: Any,
@@ -174,21 +136,3 @@ def scaled(T: Any, sums: Any, row: Any, scale: Any) -> Any:
     """(sums * row) * scale, rounded."""
     value = T.cast(sums, "float32x16") * T.broadcast(row, LANE) * scale
     return T.call_extern("float32x16", "bincompile_rounded", value)
-
-
-def store_outputs(T: Any, layer: Layer, row: Any, column: Any, values: Any) -> None:
-    """Add the bias to sixteen outputs and store them; those behind the last are padding."""
-    outputs, padded = int(layer.out.shape[1]), int(layer.scale.shape[1])
-    if layer.bias is not None:
-        values = values + layer.bias[span(T, column)]
-    if outputs == padded:
-        T.buffer_store(layer.out, values, [row, span(T, column)])
-        return
-    with T.If(column + LANE <= outputs):
-        with T.Then():
-            T.buffer_store(layer.out, values, [row, span(T, column)])
-        with T.Else():
-            kept = T.alloc_buffer((LANE,), "float32")
-            T.buffer_store(kept, values, [span(T, 0)])
-            with T.serial(0, LANE) as lane, T.If(column + lane < outputs), T.Then():
-                T.buffer_store(layer.out, kept[lane], [row, column + lane])

@@ -1,55 +1,79 @@
-"""Linear layer with 1-bit weights and float activations: sums of four inputs from a table.
+"""Linear layer with bases of 1-bit weights and float activations: sums of inputs from a table.
 
-Four weights of one output are four bits, and the 16 sums +-a +-b +-c +-d that they can choose from
-fit in one AVX-512 register, so a permutation by the bits gives 16 outputs four products each. With
-AVX2 eight sums fit; the other eight are their negatives, so the fourth bit becomes the sign
-(`runtime.panels.fold_signs` has turned the lower three). Method: look-up tables in place of
-products, as in T-MAC, arXiv:2407.00088, here with float sums and no quantisation.
+Five weights of one output are five bits, and the 32 sums +-a +-b +-c +-d +-e that they can choose
+from fit in two AVX-512 registers, so a permutation by the bits gives 16 outputs five products each.
+With AVX2 eight sums fit; eight more are their negatives, so a fourth bit becomes the sign
+(`runtime.panels.fold_signs` has turned the lower three). With SSE the four sums of two inputs fit,
+and bytes are permuted. Method: look-up tables in place of products, as in T-MAC, arXiv:2407.00088,
+here with float sums and no quantisation.
 
-Arguments: x (rows, features), weight (panels, words, 4, 16) uint32 with bit 1 where negative,
-weight_scale (panels * 64), [bias (panels * 64)], [shift (words * 32)], out (rows, outputs).
+Arguments: x (rows, features), weight (bases, panels, words, 4, 16) uint32 with bit 1 where
+negative (30 bits of a word for tables of 32 sums), weight_scale (bases, panels * 64),
+[bias (panels * 64)], [shift (words * 32)], out (rows, outputs).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-from bincompile.runtime.schedules.common import (
-    LANE,
-    MODES,
-    PANEL,
-    VECTORS,
-    WORD,
-    ceil_div,
-    linear_buffers,
-    span,
-    store_outputs,
-)
+from bincompile.runtime.schedules.common import LANE, MODES, PANEL, VECTORS, WORD, ceil_div, span
+from bincompile.runtime.schedules.layer import SLICES, Layer, declare, store_outputs
 
 BLOCK = 8  # rows of one block
 TILE = 4  # rows whose sums are added up together
-GROUP = 4  # inputs of one table
-GROUPS = WORD // GROUP
-_PICK = {16: "llvm.x86.avx512.permvar.sf.512", 8: "llvm.x86.avx2.permps"}
 
 
-def build(features: int, outputs: int, bias: bool, shift: bool, table: int) -> Any:
-    """The IRModule, with one function for each of `MODES`; `table` is 16 or 8 sums."""
+class Table(NamedTuple):
+    """How one size of table is used.
+
+    Args:
+        group: inputs of one table.
+        lanes: outputs of one vector.
+        vectors: vectors of outputs that registers hold beside each other for a tile of rows.
+        words: words of inputs whose tables stay in the first-level cache.
+        pick: the instruction that chooses from it.
+    """
+
+    group: int
+    lanes: int
+    vectors: int
+    words: int
+    pick: str
+
+    @property
+    def groups(self) -> int:
+        """Tables of the inputs of one word."""
+        return WORD // self.group
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of one word."""
+        return self.groups * self.group
+
+
+TABLES = {  # by the number of sums
+    32: Table(5, 16, 4, 6, "llvm.x86.avx512.vpermi2var.ps.512"),
+    8: Table(4, 8, 2, 16, "llvm.x86.avx2.permps"),
+    4: Table(2, 4, 2, 16, "llvm.x86.ssse3.pshuf.b.128")}
+
+
+def build(features: int, outputs: int, bases: int, bias: bool, shift: bool, table: int) -> Any:
+    """The IRModule, with one function for each of `MODES`; `table` is a number of sums."""
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import ir as I
     from tvm.tirx.script import builder as T
 
     with IRBuilder() as builder, I.ir_module():
         for mode in MODES:
-            _function(T, mode, features, outputs, bias, shift, table)
+            _function(T, mode, features, outputs, bases, bias, shift, table)
     return builder.get()
 
 
 def helpers(table: int) -> str:
-    """LLVM text of the table of sums of four inputs, and of the choice from it."""
+    """LLVM text of the table of sums of a group of inputs, and of the choice from it."""
     floats, integers = f"<{table} x float>", f"<{table} x i32>"
     lines, total = [], ""
-    for bit in range(GROUP):
+    for bit in range(TABLES[table].group):
         signs = ", ".join(f"float {-1 if place >> bit & 1 else 1}.0" for place in range(table))
         lines += [f"%i{bit} = insertelement {floats} poison, float %x{bit}, i32 0",
                   f"%b{bit} = shufflevector {floats} %i{bit}, {floats} poison, "
@@ -58,115 +82,176 @@ def helpers(table: int) -> str:
         if bit:
             lines.append(f"%s{bit} = fadd {floats} {total}, %p{bit}")
         total = f"%s{bit}" if bit else f"%p{bit}"
-    order = f"{floats} %t, {integers} %i"
-    body = "\n  ".join(lines)
+    body, inputs = "\n  ".join(lines), ", ".join(
+        f"float %x{bit}" for bit in range(TABLES[table].group))
     return f"""
-define {floats} @bincompile_sums(float %x0, float %x1, float %x2, float %x3) alwaysinline {{
+define {floats} @bincompile_sums({inputs}) alwaysinline {{
   {body}
   ret {floats} {total}
 }}
-declare {floats} @{_PICK[table]}({floats}, {integers})
-define {floats} @bincompile_pick({order}) alwaysinline {{
-  %r = call {floats} @{_PICK[table]}({order})
+{_PICKS[table].format(pick=TABLES[table].pick, floats=f"<{TABLES[table].lanes} x float>",
+                      integers=f"<{TABLES[table].lanes} x i32>")}"""
+
+
+_TWO = """declare {floats} @{pick}({floats}, {integers}, {floats})
+define {floats} @bincompile_pick({floats} %low, {floats} %high, {integers} %i) alwaysinline {{
+  %r = call {floats} @{pick}({floats} %low, {integers} %i, {floats} %high)
   ret {floats} %r
 }}
 """
+_ONE = """declare {floats} @{pick}({floats}, {integers})
+define {floats} @bincompile_pick({floats} %t, {integers} %i) alwaysinline {{
+  %r = call {floats} @{pick}({floats} %t, {integers} %i)
+  ret {floats} %r
+}}
+"""
+# Bits that choose one of four floats become the places of its four bytes.
+_FOUR = """declare <16 x i8> @{pick}(<16 x i8>, <16 x i8>)
+define {floats} @bincompile_pick({floats} %t, {integers} %i) alwaysinline {{
+  %code = and {integers} %i, splat (i32 3)
+  %first = mul {integers} %code, splat (i32 {spread})
+  %places = add {integers} %first, splat (i32 {steps})
+  %bytes = bitcast {integers} %places to <16 x i8>
+  %table = bitcast {floats} %t to <16 x i8>
+  %chosen = call <16 x i8> @{pick}(<16 x i8> %table, <16 x i8> %bytes)
+  %r = bitcast <16 x i8> %chosen to {floats}
+  ret {floats} %r
+}}
+""".replace("{spread}", str(0x04040404)).replace("{steps}", str(0x03020100))
+_PICKS = {32: _TWO, 8: _ONE, 4: _FOUR}
 
 
-def _function(T: Any, mode: str, features: int, outputs: int, bias: bool, shift: bool,
+def _function(T: Any, mode: str, features: int, outputs: int, bases: int, bias: bool, shift: bool,
               table: int) -> None:
-    words, panels = ceil_div(features, WORD), ceil_div(outputs, PANEL)
-    blocks_loop, panels_loop = (getattr(T, kind) for kind in MODES[mode])
+    form = TABLES[table]
+    words, panels = ceil_div(features, form.inputs), ceil_div(outputs, PANEL)
+    blocks_loop, slices_loop = (getattr(T, kind) for kind in MODES[mode])
+    slices = min(panels, SLICES) if MODES[mode][1] == "parallel" else 1
+    most = ceil_div(panels, slices)
     with T.prim_func():
-        rows, x, weight, scale, added, shifted, _, out = linear_buffers(
-            T, mode, features, outputs, bias, shift)
+        layer = declare(T, mode, features, outputs, bias, shift,
+                        (bases, panels, words, VECTORS, LANE), "uint32", panels * PANEL)
 
         def tile(first: Any, height: int) -> None:
-            sums = T.alloc_buffer((height, words * GROUPS, table), "float32")
+            sums = T.alloc_buffer((words * form.groups, height, table), "float32")
             for row in range(height):
-                _tabulate(T, x, first + row, shifted, sums, row)
-            with panels_loop(0, panels) as panel:
-                for start in range(0, PANEL, VECTORS * table):
-                    totals = _add_up(T, sums, weight, panel, start)
-                    _finish(T, totals, scale, added, out, first, panel * PANEL + start)
+                _tabulate(T, layer, first + row, sums, row)
+            with slices_loop(0, slices) as part:
+                _slice(T, layer, first, sums, part * most, most)
 
         with T.attr(0, "pragma_import_llvm", helpers(table)), \
-                blocks_loop(0, ceil_div(rows, BLOCK)) as block:
+                blocks_loop(0, ceil_div(layer.rows, BLOCK)) as block:
             begin = block * BLOCK
-            count = T.min(T.int64(BLOCK), rows - begin)
+            count = T.min(T.int64(BLOCK), layer.rows - begin)
             with T.serial(0, T.floordiv(count, TILE)) as step:
                 tile(begin + step * TILE, TILE)
             with T.serial(0, T.floormod(count, TILE)) as step:
                 tile(begin + T.floordiv(count, TILE) * TILE + step, 1)
 
 
-def _tabulate(T: Any, x: Any, source: Any, shift: Any, sums: Any, row: int) -> None:
-    """The sums of every four inputs of one row; inputs behind its end are 0."""
-    features, groups, table = int(x.shape[1]), int(sums.shape[1]), int(sums.shape[2])
+def _tabulate(T: Any, layer: Layer, source: Any, sums: Any, row: int) -> None:
+    """The sums of every group of inputs of one row; inputs behind its end are 0."""
+    features, groups, table = int(layer.x.shape[1]), int(sums.shape[0]), int(sums.shape[2])
+    group_size = TABLES[table].group
 
     def inputs(start: Any, count: int) -> list[Any]:
-        values = [x[source, start + place] for place in range(count)]
-        if shift is not None:
-            values = [value + shift[start + place] for place, value in enumerate(values)]
-        return values + [T.float32(0)] * (GROUP - count)
+        values = [layer.x[source, start + place] for place in range(count)]
+        if layer.shift is not None:
+            values = [value + layer.shift[start + place] for place, value in enumerate(values)]
+        return values + [T.float32(0)] * (group_size - count)
 
     def store(group: Any, values: list[Any]) -> None:
         entry = T.call_extern(f"float32x{table}", "bincompile_sums", *values)
-        T.buffer_store(sums, entry, [row, group, span(T, 0, table)])
+        T.buffer_store(sums, entry, [group, row, span(T, 0, table)])
 
-    whole, left = divmod(features, GROUP)
+    whole, left = divmod(features, group_size)
     if whole:
         with T.serial(0, whole) as group:
-            store(group, inputs(group * GROUP, GROUP))
+            store(group, inputs(group * group_size, group_size))
     if left:
-        store(whole, inputs(whole * GROUP, left))
-    for group in range(ceil_div(features, GROUP), groups):
-        T.buffer_store(sums, T.broadcast(T.float32(0), table), [row, group, span(T, 0, table)])
+        store(whole, inputs(whole * group_size, left))
+    for group in range(ceil_div(features, group_size), groups):
+        T.buffer_store(sums, T.broadcast(T.float32(0), table), [group, row, span(T, 0, table)])
 
 
-def _add_up(T: Any, sums: Any, weight: Any, panel: Any, start: int) -> Any:
-    """The products of the rows of a tile with four vectors of outputs."""
-    height, _, table = (int(size) for size in sums.shape)
-    totals = T.alloc_buffer((height, VECTORS * table), "float32", scope="local")
-    places = [divmod(start + v * table, LANE) for v in range(VECTORS)]
-    zero = T.broadcast(T.float32(0), table)
-    for row in range(height):
-        for v in range(VECTORS):
-            T.buffer_store(totals, zero, [row, span(T, v * table, table)])
-    with T.serial(0, int(weight.shape[1])) as k:
-        for group in range(GROUPS):
-            for v, (vector, lane) in enumerate(places):
-                word = weight[panel, k, vector, span(T, lane, table)]
-                for row in range(height):
-                    at = [row, span(T, v * table, table)]
-                    entry = sums[row, k * GROUPS + group, span(T, 0, table)]
-                    chosen = _pick(T, entry, word, group, table)
-                    T.buffer_store(totals, totals[tuple(at)] + chosen, at)
-    return totals
+def _slice(T: Any, layer: Layer, first: Any, sums: Any, start: Any, most: int) -> None:
+    """The outputs of some panels for the rows of a tile.
+
+    Words are the outer loop, some at a time, so that their tables stay in the first-level cache.
+    """
+    bases, panels, words = (int(size) for size in layer.weight.shape[:3])
+    height, form = int(sums.shape[1]), TABLES[int(sums.shape[2])]
+    count, run = T.min(most, panels - start), form.words
+    totals = T.alloc_buffer((bases, most, height, PANEL), "float32")
+    for base in range(bases):
+        with T.serial(0, count) as panel, T.serial(0, height) as row:
+            for column in range(0, PANEL, LANE):
+                T.buffer_store(totals, T.broadcast(T.float32(0), LANE),
+                               [base, panel, row, span(T, column)])
+    with T.serial(0, ceil_div(words, run)) as step, T.serial(0, bases) as base, \
+            T.serial(0, count) as panel:
+        part = (step * run, T.min(run, words - step * run))
+        width = (form.vectors if height > 1 else VECTORS) * form.lanes
+        for column in range(0, PANEL, width):
+            places = range(column, column + width, form.lanes)
+            _add_up(T, sums, layer.weight, (base, start + panel), part, totals, (base, panel),
+                    places)
+    with T.serial(0, count) as panel:
+        _finish(T, layer, first, totals, start + panel, panel, form.lanes)
 
 
-def _pick(T: Any, entry: Any, word: Any, group: int, table: int) -> Any:
-    """The sums that four bits of every word choose from a table."""
+def _add_up(T: Any, sums: Any, weight: Any, source: tuple[Any, Any], part: tuple[Any, Any],
+            totals: Any, target: tuple[Any, Any], columns: range) -> None:
+    """Add what some words choose for the rows of a tile and some vectors of outputs."""
+    height, table, lanes = int(sums.shape[1]), int(sums.shape[2]), columns.step
+    groups = TABLES[table].groups
+    kept = T.alloc_buffer((height, len(columns), lanes), "float32")
+    cells = [(row, v, column) for row in range(height) for v, column in enumerate(columns)]
+    for row, v, column in cells:
+        T.buffer_store(kept, totals[*target, row, span(T, column, lanes)],
+                       [row, v, span(T, 0, lanes)])
+    with T.serial(0, part[1]) as place:
+        k = part[0] + place
+        for group in range(groups):
+            entries = [[sums[k * groups + group, row, span(T, start, lanes)]
+                        for start in range(0, table, lanes)] for row in range(height)]
+            for v, column in enumerate(columns):
+                word = weight[*source, k, column // LANE, span(T, column % LANE, lanes)]
+                for row, chosen in enumerate(_picks(T, entries, word, group, table)):
+                    at = [row, v, span(T, 0, lanes)]
+                    T.buffer_store(kept, kept[tuple(at)] + chosen, at)
+    for row, v, column in cells:
+        T.buffer_store(totals, kept[row, v, span(T, 0, lanes)],
+                       [*target, row, span(T, column, lanes)])
+
+
+def _picks(T: Any, entries: list[list[Any]], word: Any, group: int, table: int) -> list[Any]:
+    """The sums that one group of bits of every word chooses from the table of each row."""
+    bits, lanes = TABLES[table].group, TABLES[table].lanes
+
     def constant(value: int) -> Any:
-        return T.broadcast(T.uint32(value), table)
+        return T.broadcast(T.uint32(value), lanes)
 
-    order = T.reinterpret(f"int32x{table}", word >> constant(group * GROUP))
-    picked = T.call_extern(f"float32x{table}", "bincompile_pick", entry, order)
-    if table == 1 << GROUP:
+    order = T.reinterpret(f"int32x{lanes}", word >> constant(group * bits))
+    picked = [T.call_extern(f"float32x{lanes}", "bincompile_pick", *entry, order)
+              for entry in entries]
+    if table == 1 << bits:
         return picked
-    sign = (word << constant(WORD - (group + 1) * GROUP)) & constant(1 << 31)
-    return T.reinterpret(f"float32x{table}", T.reinterpret(f"uint32x{table}", picked) ^ sign)
+    sign = (word << constant(WORD - (group + 1) * bits)) & constant(1 << 31)
+    return [T.reinterpret(f"float32x{lanes}", T.reinterpret(f"uint32x{lanes}", value) ^ sign)
+            for value in picked]
 
 
-def _finish(T: Any, totals: Any, scale: Any, bias: Any, out: Any, first: Any,
-            column: Any) -> None:
-    """Scale, add the bias, and store."""
-    height, table = int(totals.shape[0]), int(totals.shape[1]) // VECTORS
-    outputs = int(out.shape[1])
+def _finish(T: Any, layer: Layer, first: Any, totals: Any, panel: Any, place: Any,
+            lanes: int) -> None:
+    """Scale the sums of each base, add the bases and the bias up, and store."""
+    bases, _, height, _ = (int(size) for size in totals.shape)
     for row in range(height):
-        for v in range(VECTORS):
-            at = column + v * table
-            value = totals[row, span(T, v * table, table)] * scale[span(T, at, table)]
-            if bias is not None:
-                value = value + bias[span(T, at, table)]
-            store_outputs(T, out, first + row, at, value, outputs, table)
+        for start in range(0, PANEL, lanes):
+            column = panel * PANEL + start
+            value = None
+            for base in range(bases):
+                found = totals[base, place, row, span(T, start, lanes)] \
+                    * layer.scale[base, span(T, column, lanes)]
+                value = found if value is None else value + found
+            store_outputs(T, layer, first + row, column, value, lanes)

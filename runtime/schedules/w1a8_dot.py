@@ -15,15 +15,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from bincompile.runtime.schedules.common import LANE, MODES, WORD, ceil_div, span
-from bincompile.runtime.schedules.quantised import (
-    Layer,
-    Rows,
-    declare,
-    quantise,
-    scaled,
-    store_outputs,
-    text,
-)
+from bincompile.runtime.schedules.layer import Layer, declare, store_outputs
+from bincompile.runtime.schedules.quantised import Rows, quantise, scaled, text
 
 BLOCK = 8  # rows of one block
 BYTES = 4  # numbers that are multiplied at a time

@@ -16,19 +16,11 @@ positive, weight_scale (bases, panels * vectors * 32), [bias (panels * vectors *
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from bincompile.runtime.schedules.common import LANE, MODES, ceil_div, span
-from bincompile.runtime.schedules.quantised import (
-    Layer,
-    Rows,
-    declare,
-    quantise,
-    scaled,
-    store_outputs,
-    text,
-)
+from bincompile.runtime.schedules.layer import SLICES, Layer, declare, store_outputs
+from bincompile.runtime.schedules.quantised import Rows, quantise, scaled, text
 
 BLOCK = 8  # rows of one block
 TILE = 4  # rows that are added up together
@@ -38,7 +30,6 @@ WORD = GROUP * GROUPS
 WIDTH = 2 * LANE  # outputs of one vector
 VECTORS = 4  # vectors of one panel, at most
 FLUSH = 34  # words whose sums fit in uint16, at most: 34 * 3 * 5 * 127 < 2^16
-SLICES = 16  # parts of the outputs that threads share, at most
 
 
 def vectors_of(outputs: int) -> tuple[int, int]:
@@ -53,40 +44,18 @@ def vectors_of(outputs: int) -> tuple[int, int]:
     return panels, ceil_div(vectors, panels)
 
 
-def helpers() -> str:
-    """LLVM text of the table of the sums of five bytes, and of the choice from it."""
-    def bytes_of(bits: Callable[[int], list[int]], places: list[int]) -> str:
-        return ", ".join(f"i8 {bit}" for place in places for bit in bits(place))
-
-    def four(place: int) -> list[int]:
-        return [place >> bit & 1 for bit in range(4)]
-
-    def fifth(place: int) -> list[int]:
-        return [place >> 4 & 1, 0, 0, 0]
-
-    # packing interleaves the lanes by quarters: low and high are where it takes them from
-    low = [8 * quarter + place for quarter in range(4) for place in range(4)]
-    halves = {"low": low, "high": [place + 4 for place in low]}
-    loads = "".join(f"""
+_LOADED = """
   %p{name} = getelementptr i8, ptr %{source}, i64 {offset}
   %i{name} = load i32, ptr %p{name}, align 1
   %v{name} = insertelement <16 x i32> poison, i32 %i{name}, i32 0
   %s{name} = shufflevector <16 x i32> %v{name}, <16 x i32> poison, <16 x i32> zeroinitializer
   %{name} = bitcast <16 x i32> %s{name} to <64 x i8>"""
-                    for name, source, offset in (("a", "numbers", 0), ("b", "numbers", 4),
-                                                 ("c", "negatives", 0), ("d", "negatives", 4)))
-    dot = "call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>"
-    sums = "".join(f"""
-  %{name}4 = {dot} %base, <64 x i8> <{bytes_of(four, places)}>, <64 x i8> %a)
-  %{name} = {dot} %{name}4, <64 x i8> <{bytes_of(fifth, places)}>, <64 x i8> %b)"""
-                   for name, places in halves.items())
-    return f"""
+_DOT = "call <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>"
+_HELPERS = """
 declare <16 x i32> @llvm.x86.avx512.vpdpbusd.512(<16 x i32>, <64 x i8>, <64 x i8>)
 declare <32 x i16> @llvm.x86.avx512.packssdw.512(<16 x i32>, <16 x i32>)
 declare <32 x i16> @llvm.x86.avx512.permvar.hi.512(<32 x i16>, <32 x i16>)
-define <32 x i16> @bincompile_table(ptr %numbers, ptr %negatives) alwaysinline {{{loads}
-  %base4 = {dot} zeroinitializer, <64 x i8> splat (i8 1), <64 x i8> %c)
-  %base = {dot} %base4, <64 x i8> <{bytes_of(fifth, [16] * LANE)}>, <64 x i8> %d){sums}
+define <32 x i16> @bincompile_table(ptr %numbers, ptr %negatives) alwaysinline {{{sums}
   %table = call <32 x i16> @llvm.x86.avx512.packssdw.512(<16 x i32> %low, <16 x i32> %high)
   ret <32 x i16> %table
 }}
@@ -99,6 +68,27 @@ define <16 x i32> @bincompile_halves(<32 x i16> %v) alwaysinline {{
   ret <16 x i32> %r
 }}
 """
+
+
+def helpers() -> str:
+    """LLVM text of the table of the sums of five bytes, and of the choice from it."""
+    def bytes_of(places: list[int], bits: tuple[int, ...]) -> str:
+        chosen = (place >> bit & 1 if bit >= 0 else 0 for place in places for bit in bits)
+        return ", ".join(f"i8 {bit}" for bit in chosen)
+
+    four, fifth = (0, 1, 2, 3), (4, -1, -1, -1)
+    # packing interleaves the lanes by quarters: low and high are where it takes them from
+    low = [8 * quarter + place for quarter in range(4) for place in range(4)]
+    loads = "".join(_LOADED.format(name=name, source=source, offset=offset)
+                    for name, source, offset in (("a", "numbers", 0), ("b", "numbers", 4),
+                                                 ("c", "negatives", 0), ("d", "negatives", 4)))
+    sums = [f"%base4 = {_DOT} zeroinitializer, <64 x i8> splat (i8 1), <64 x i8> %c)",
+            f"%base = {_DOT} %base4, <64 x i8> <{bytes_of([16] * LANE, fifth)}>, <64 x i8> %d)"]
+    for name, places in (("low", low), ("high", [place + 4 for place in low])):
+        sums += [f"%{name}4 = {_DOT} %base, <64 x i8> <{bytes_of(places, four)}>, <64 x i8> %a)",
+                 f"%{name} = {_DOT} %{name}4, <64 x i8> <{bytes_of(places, fifth)}>, "
+                 "<64 x i8> %b)"]
+    return _HELPERS.format(sums="\n  ".join([loads, *sums]))
 
 
 def build(features: int, outputs: int, bases: int, bias: bool, shift: bool) -> Any:
