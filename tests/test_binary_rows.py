@@ -51,7 +51,7 @@ def bound(call: Call, name: str = "tvm-bags") -> Any:
     return kernel.bind(call)
 
 
-def given(call: Call) -> tuple[torch.Tensor, ...]:
+def run_time(call: Call) -> tuple[torch.Tensor, ...]:
     return call.run_time({name: call.value(name) for name in call.operator.arguments})
 
 
@@ -61,7 +61,7 @@ def expected(call: Call, **changed: Any) -> torch.Tensor:
 
 
 def agree(call: Call) -> None:
-    found, wanted = bound(call)(*given(call)), expected(call)
+    found, wanted = bound(call)(*run_time(call)), expected(call)
     if call.value("weights") is None:
         assert torch.equal(found, wanted)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
@@ -215,7 +215,40 @@ def test_rows_and_bags_of_every_width_up_to_257(columns: int) -> None:
     packed, scale = table(columns, 1 + columns % bases.MOST)
     call = sample_call(LOOK_UP, Sample((torch.randint(ROWS, (37,)), packed, scale, columns)), HOST,
                        ("table", "row_scale"))
-    assert torch.equal(bound(call, "tvm-bits")(*given(call)), expected(call))
+    assert torch.equal(bound(call, "tvm-bits")(*run_time(call)), expected(call))
     agree(bag_call(columns, MODES[columns % len(MODES)], padding_idx=2,
                    indices=torch.randint(ROWS, (5, 21))))
     agree(bag_call(columns, "majority", indices=torch.randint(ROWS, (5, 21))))
+
+
+@pytest.mark.parametrize("columns", [1, 16, 37, 300])
+@pytest.mark.parametrize("target", USABLE, ids=str)
+def test_a_maximum_of_float_rows_is_that_of_torch(columns: int, target: Target) -> None:
+    rows = torch.randn(ROWS, columns)
+    rows[3, 0], rows[4:6], rows[6], rows[7] = math.nan, 0.0, -0.0, -math.inf
+    offsets = torch.tensor(RAGGED)
+    for given in ((torch.randint(ROWS, (8, 5)), None), (torch.randint(8, (300, 3)).int(), None),
+                  (torch.randint(9, (90,)), offsets), (torch.randint(9, (90,)).int(), offsets)):
+        for padding in (None, 3):
+            sample = Sample((rows, *given, "max", None, given[1] is not None, padding))
+            call = sample_call(OPERATORS["embedding_bag"], sample, target, ("table",))
+            found, wanted = bound(call, "tvm-maximum")(*run_time(call)), expected(call)
+            assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
+
+
+def test_a_maximum_of_float_rows_refuses_what_torch_can_not_take() -> None:
+    sample = Sample((torch.randn(9, 4), torch.randint(9, (6,)), torch.tensor([0, 3]), "max"))
+    call = sample_call(OPERATORS["embedding_bag"], sample, HOST, ("table",))
+    kernel = bound(call, "tvm-maximum")
+    for wrong, word in (([0, 7], "end by"), ([0, 4, 3], "never fall"), ([1, 2], "start at 0")):
+        with pytest.raises(InputError, match=word):
+            kernel(torch.randint(9, (6,)), torch.tensor(wrong))
+    with pytest.raises(InputError, match="index 9"):
+        kernel(torch.tensor([1, 9]), torch.tensor([0]))
+    plain = sample_call(OPERATORS["embedding_bag"], Sample(
+        (torch.randn(9, 4), torch.randint(9, (6, 2)), None, "max")), HOST, ("table",))
+    with pytest.raises(RuntimeError):
+        plain.operator.overload(plain.value("table"), torch.zeros(2, 0, dtype=torch.int64), None,
+                                "max")
+    with pytest.raises(RuntimeError):
+        bound(plain, "tvm-maximum")(torch.zeros(2, 0, dtype=torch.int64))

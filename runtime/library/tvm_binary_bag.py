@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,16 @@ WORTH_THREADS = 1 << 19  # numbers read, below which a second thread costs more 
 _STORED = ("mode", "include_last_offset", "padding_idx", "tie")
 
 
+def layout(call: Call, columns: int) -> dict[str, Any]:
+    """The parameters that all schedules of bags have."""
+    offsets = call.value("offsets")
+    return {"columns": columns, "indices": INDICES[call.value("indices").dtype],
+            "offsets": "" if offsets is None else INDICES[offsets.dtype],
+            "last": offsets is not None and bool(call.value("include_last_offset"))}
+
+
 def _recipe(call: Call) -> Recipe:
-    offsets, mode = call.value("offsets"), call.value("mode")
-    common = {"columns": call.value("embedding_dim"),
-              "indices": INDICES[call.value("indices").dtype],
-              "offsets": "" if offsets is None else INDICES[offsets.dtype],
-              "last": offsets is not None and bool(call.value("include_last_offset"))}
+    mode, common = call.value("mode"), layout(call, call.value("embedding_dim"))
     if mode == MAJORITY:
         return Recipe("binary_vote", {**common, "tie": float(call.value("tie"))})
     return Recipe("binary_bag", {
@@ -33,14 +37,15 @@ def _recipe(call: Call) -> Recipe:
 
 
 def _supports(call: Call) -> str | None:
-    unknown = next((name for name in _STORED if not call.is_stored(name)), None)
-    if unknown:
-        return f"the {unknown} is known only at run time"
-    return (table_reason(call) or _bag_reason(call) or _scale_reason(call)
+    return (table_reason(call) or bag_reason(call) or _scale_reason(call)
             or obstacle(_recipe(call), call.target))
 
 
-def _bag_reason(call: Call) -> str | None:
+def bag_reason(call: Call) -> str | None:
+    """Why compiled kernels can't read this call's indices, offsets and weights, if they can't."""
+    unknown = [name for name in _STORED if name in call.arguments and not call.is_stored(name)]
+    if unknown:
+        return f"the {unknown[0]} is known only at run time"
     offsets, weights = call.value("offsets"), call.value("weights")
     if call.value("indices").ndim != (2 if offsets is None else 1):
         return f"indices of rank {call.value('indices').ndim}"
@@ -68,22 +73,34 @@ def _scale_reason(call: Call) -> str | None:
 
 
 def _bind(call: Call) -> Bound:
+    scales = call.value("row_scale").detach()
+    scales = scales.reshape(scales.shape[0], bases.count_of(scales))
+    return runner(call, load(_recipe(call), call.target), call.value("embedding_dim"),
+                  (call.value("table"), scales), call.partial(call.operator.check))
+
+
+def runner(call: Call, module: Any, columns: int, stored: Sequence[torch.Tensor],
+           refuse: Callable[..., Any]) -> Bound:
+    """A kernel of the module for this call.
+
+    Args:
+        columns: of the result.
+        stored: the arguments of the compiled functions between the offsets and the weights.
+        refuse: called with the run-time values of a call that doesn't fit; it raises.
+    """
     from tvm_ffi import from_dlpack
 
-    columns, scales = call.value("embedding_dim"), call.value("row_scale").detach()
-    module = load(_recipe(call), call.target)
     serial, parallel = module["serial"], module["bags"]
-    table = from_dlpack(call.value("table").detach().contiguous())
-    scale = from_dlpack(scales.reshape(scales.shape[0], bases.count_of(scales)).contiguous())
+    kept = [from_dlpack(tensor.detach().contiguous()) for tensor in stored]
     padding, last = call.value("padding_idx"), int(call.value("include_last_offset"))
     padding, few = -1 if padding is None else padding, WORTH_THREADS // columns
-    take, check = _taker(call), call.partial(call.operator.check)
+    take = _taker(call)
 
     def shape(*values: Any) -> tuple[Size, ...]:
         indices, offsets, _ = take(values)
         bags = indices.shape[0] if offsets is None else offsets.shape[0] - last
         if bags < 0:
-            check(*values)
+            refuse(*values)
         return (((bags, columns), torch.float32),)
 
     def reduce(*given: Any) -> None:
@@ -91,15 +108,14 @@ def _bind(call: Call) -> Bound:
         indices, offsets, weights = take(values)
         row = flat(indices)
         arguments = [row] if offsets is None else [row, offsets.contiguous()]
-        arguments += [table, scale]
+        arguments += kept
         if weights is not None:
             if weights.shape != indices.shape:
-                check(*values)
+                refuse(*values)
             arguments.append(flat(weights.detach().float()))
-        count = row.shape[0]
-        function = serial if count <= few or torch.get_num_threads() == 1 else parallel
-        if function(*arguments, padding, out):
-            check(*values)
+        serially = row.shape[0] <= few or torch.get_num_threads() == 1
+        if (serial if serially else parallel)(*arguments, padding, out):
+            refuse(*values)
 
     return Bound(shape, reduce)
 

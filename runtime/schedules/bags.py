@@ -1,8 +1,9 @@
 """Bags of rows: where each begins and ends, and the loops that every kernel of bags shares.
 
 Arguments: indices (n) int32 or int64, [offsets (m), the beginnings of bags, where bags are not all
-of one length], table (rows, bases * ceil(columns/8)) uint8, row_scale (rows, bases),
-[weights (n)], padding int64 (an index that takes no part; -1 for none), out (bags, columns).
+of one length], table (rows, bases * ceil(columns/8)) uint8 and row_scale (rows, bases), or table
+(rows, columns) float32, [weights (n)], padding int64 (an index that takes no part; -1 for none),
+out (bags, columns).
 The functions return 0, or 1 if an index is not in the table or the offsets don't fit; what is not
 in the table is not looked up.
 """
@@ -40,6 +41,7 @@ def module(columns: int, bases: int, indices: str, offsets: str, last: bool, wei
     """The IRModule, with one function for each of `MODES`.
 
     Args:
+        bases: how many the table has; 0 for a table of floats.
         indices: their dtype.
         offsets: their dtype; empty where all bags have one length.
         last: whether the last offset only ends the bag before it.
@@ -72,8 +74,9 @@ def _arguments(T: Any, mode: str, columns: int, bases: int, indices: str, offset
         count, bags, rows,
         argument("indices", (count,), indices),
         argument("offsets", (bags + int(last),), offsets) if offsets else None,
-        argument("table", (rows, bases * ceil_div(columns, 8)), "uint8", 1),
-        argument("row_scale", (rows, bases), "float32"),
+        argument("table", (rows, bases * ceil_div(columns, 8)), "uint8", 1) if bases else
+        argument("table", (rows, columns), "float32"),
+        argument("row_scale", (rows, bases), "float32") if bases else None,
         argument("weights", (count,), "float32") if weighted else None,
         T.arg("padding", T.int64()),
         argument("out", (bags, columns), "float32"),
@@ -108,20 +111,32 @@ def _bounds(T: Any, given: Bags, bag: Any, last: bool) -> tuple[Any, Any]:
     return begin, T.Select(bag + 1 < given.bags, following, given.count)
 
 
-def each_row(T: Any, given: Bags, begin: Any, end: Any, ask: Any,
+def each_row(T: Any, given: Bags, begin: Any, end: Any, ask: Callable[[Any], None],
              step: Callable[[Any, Any], None]) -> None:
     """Do `step` for the place and the index of every row of a bag that takes part.
 
     Args:
-        ask: whether to ask memory for rows that are read later.
+        ask: asks memory for a row that is read later.
     """
     with T.serial(begin, end) as at:
         index = T.cast(given.indices[at], "int64")
-        with T.If(T.bool(ask) if isinstance(ask, bool) else ask), T.Then():
-            later = T.cast(given.indices[T.min(at + AHEAD, given.count - 1)], "int64")
-            signed_rows.prefetch(T, given.table, given.scale, later)
+        ask(later(T, given, at))
         with T.If(T.And(index >= 0, index < given.rows)):
             with T.Then(), T.If(index != given.padding), T.Then():
                 step(at, index)
             with T.Else():
                 T.buffer_store(given.bad, T.int32(1), [0])
+
+
+def later(T: Any, given: Bags, at: Any) -> Any:
+    """The index of the row that is read some places after the one at `at`."""
+    return T.cast(given.indices[T.min(at + AHEAD, given.count - 1)], "int64")
+
+
+def ask_packed(T: Any, given: Bags, condition: Any) -> Callable[[Any], None]:
+    """Asks for a whole row of a packed table where the condition holds."""
+    def ask(row: Any) -> None:
+        with T.If(condition), T.Then():
+            signed_rows.prefetch(T, given.table, given.scale, row)
+
+    return ask

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bincompile.runtime.schedules import signed_rows
-from bincompile.runtime.schedules.bags import Bags, each_row, module
+from bincompile.runtime.schedules.bags import Bags, ask_packed, each_row, module
 from bincompile.runtime.schedules.common import LANE, ceil_div, span
 
 TILE = 16  # vectors of columns that are added up together
@@ -33,11 +33,11 @@ def _reduce(T: Any, given: Bags, bag: Any, begin: Any, end: Any, mode: str, colu
         with T.serial(0, whole) as tile:
             emit([tile * size + place for place in range(size)], tile == 0)
     if columns % (size * LANE):
-        emit(range(whole * size, vectors), not whole)
+        emit(range(whole * size, vectors), T.bool(not whole))
 
 
 def _tile(T: Any, given: Bags, bag: Any, begin: Any, end: Any, mode: str,
-          vectors: Sequence[Any], ask: Any) -> None:
+          vectors: Sequence[Any], first: Any) -> None:
     columns, bases = int(given.out.shape[1]), int(given.scale.shape[1])
     totals = [T.alloc_buffer((LANE,), "float32") for _ in vectors]  # one each: kept in registers
     kept, whole = T.alloc_buffer((1,), "int64"), [span(T, 0)]
@@ -55,7 +55,7 @@ def _tile(T: Any, given: Bags, bag: Any, begin: Any, end: Any, mode: str,
             before = total[whole[0]]
             T.buffer_store(total, T.max(before, value) if mode == "max" else before + value, whole)
 
-    each_row(T, given, begin, end, ask, add)
+    each_row(T, given, begin, end, ask_packed(T, given, first), add)
     for buffer, vector in zip(totals, vectors, strict=True):
         total = buffer[whole[0]]
         if mode == "mean":

@@ -15,7 +15,7 @@ import functools
 from typing import Any
 
 from bincompile.runtime.schedules import signed_rows
-from bincompile.runtime.schedules.bags import AHEAD, Bags, module
+from bincompile.runtime.schedules.bags import Bags, ask_packed, later, module
 from bincompile.runtime.schedules.common import LANE, ceil_div, span
 
 REGISTER = 64  # bytes of a vector of bits, 512 columns
@@ -70,7 +70,7 @@ def _reduce(T: Any, given: Bags, bag: Any, begin: Any, end: Any, columns: int,
 
 
 def _count(T: Any, given: Bags, begin: Any, end: Any, start: Any, size: int, more: Any,
-           tied: Any, ask: Any) -> None:
+           tied: Any, first: Any) -> None:
     """Where more votes are +1, and where as many, for `size` bytes of columns from `start` on."""
     wires = [T.alloc_buffer((size,), "uint8") for _ in range(_WIRES)]
     rows = T.alloc_buffer((GROUP * size,), "uint8")
@@ -88,14 +88,14 @@ def _count(T: Any, given: Bags, begin: Any, end: Any, start: Any, size: int, mor
         _put(T, high, size, plane, _bytes(T, T.uint8(0), size))
     with T.serial(0, whole) as group:
         with T.serial(0, GROUP) as row:
-            _fetch(T, given, begin + group * GROUP + row, start, rows, size, row, counts, ask)
+            _fetch(T, given, begin + group * GROUP + row, start, rows, size, row, counts, first)
         for row in range(GROUP):
             _put(T, wires, size, LOW + row, _get(T, rows, size, row))
         for plane, one, two, carry in _ADDERS:
             _add(T, wires, size, plane, one, two, carry)
         _ripple(T, wires, size, _EIGHTS, high, planes)
     with T.serial(begin + whole * GROUP, end) as at:
-        _fetch(T, given, at, start, wires, size, LOW, counts, ask)
+        _fetch(T, given, at, start, wires, size, LOW, counts, first)
         for plane in range(LOW):
             _half_add(T, wires, size, plane, wires, LOW)
         _ripple(T, wires, size, LOW, high, planes)
@@ -130,14 +130,12 @@ def _put(T: Any, planes: Any, size: int, place: Any, value: Any) -> None:
 
 
 def _fetch(T: Any, given: Bags, at: Any, start: Any, rows: Any, size: int, place: Any, counts: Any,
-           ask: Any) -> None:
+           first: Any) -> None:
     """The bits of one row, or zeros for one that does not vote."""
     read = T.alloc_buffer((2,), "int64")
     T.buffer_store(read, T.cast(given.indices[at], "int64"), [0])
     index = read[0]
-    with T.If(ask), T.Then():
-        later = T.cast(given.indices[T.min(at + AHEAD, given.count - 1)], "int64")
-        signed_rows.prefetch(T, given.table, given.scale, later)
+    ask_packed(T, given, first)(later(T, given, at))
     known = T.And(index >= 0, index < given.rows)
     row = T.Select(known, index, T.int64(0))
     votes = T.And(T.And(known, index != given.padding), given.scale[row, 0] != T.float32(0))
