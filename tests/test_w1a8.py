@@ -99,6 +99,17 @@ def test_halves_round_to_even() -> None:
     assert same(bound(call)(x), reference(call, x))
 
 
+@pytest.mark.parametrize("target", USABLE, ids=str)
+def test_numbers_between_two_levels_round_alike(target: Target) -> None:
+    call = call_of(128, 40, target)
+    largest = torch.rand(300, 1) + 0.5
+    halves = (torch.arange(127) + 0.5) * (largest / 127)
+    x = torch.cat([largest, halves.nextafter(halves * 2)], 1)
+    run = bound(call)
+    for rows in (torch.cat([largest, halves], 1), x, -x):
+        assert same(run(rows), reference(call, rows))
+
+
 @pytest.mark.parametrize("options", [
     {"bias": None}, {"shift": torch.randn(70)}, {"weight_scale": torch.tensor([0.7])},
     {"bias": None, "shift": torch.randn(70) * 1e-30}], ids=["plain", "shift", "scale", "both"])

@@ -24,9 +24,10 @@ def quantised(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not x.shape[-1]:
         return x, x.new_zeros(*x.shape[:-1], 1)
     largest = x.abs().amax(-1, keepdim=True)
+    levels = torch.full_like(largest, LEVELS)  # torch divides a plain number by its reciprocal
     counts = (largest >= SMALLEST) & largest.isfinite()
-    factor = torch.where(counts, LEVELS / largest, 0.0).to(x.dtype)
-    scale = torch.where(counts, largest / LEVELS, 0.0).to(x.dtype)
+    factor = torch.where(counts, levels / largest, 0.0).to(x.dtype)
+    scale = torch.where(counts, largest / levels, 0.0).to(x.dtype)
     return ((x * factor).round().nan_to_num(0.0),
             torch.where(largest.isfinite(), scale, torch.nan).to(x.dtype))
 
