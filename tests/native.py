@@ -60,7 +60,8 @@ class Machine:
     def missing(self) -> str | None:
         """A program that this needs and the host lacks."""
         needed = (self.compiler[0], *self.runner[:1])
-        return next((name for name in needed if shutil.which(name) is None), None)
+        missing = next((name for name in needed if shutil.which(name) is None), None)
+        return missing or (None if _has_openmp(self.compiler) else f"{self.compiler[0]}'s OpenMP")
 
     def build(self, folder: Path) -> Path:
         """The C program; the shim is linked into it, too."""
@@ -94,6 +95,13 @@ def command(words: Sequence[str]) -> None:
     """Run a compiler."""
     done = subprocess.run(words, text=True, capture_output=True)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr[-3000:]}"
+
+
+@functools.cache
+def _has_openmp(compiler: tuple[str, ...]) -> bool:
+    done = subprocess.run([*compiler, "-fopenmp", "-x", "c", "-E", "-"], text=True,
+                          input="#include <omp.h>", capture_output=True)
+    return done.returncode == 0
 
 
 _numbers = itertools.count()

@@ -12,16 +12,39 @@ from typing import Any
 import pytest
 import torch
 
-from bincompile.config import Target, host_instruction_sets
+from bincompile.config import INSTRUCTION_SETS, Target, host_instruction_sets
+from bincompile.errors import ConfigError
 from bincompile.op import Operator, Sample
 from bincompile.ops import OPERATORS, bits
 from bincompile.runtime import Call, kernels_of, library
 from bincompile.runtime.kernels import Kernel, sample_call
-from bincompile.runtime.tvm import prepare
+from bincompile.runtime.tvm import llvm_target, prepare
 
 FEATURES, ISAS = host_instruction_sets()
 TARGETS = [Target("cpu", isa, FEATURES) for isa in ISAS]
 STORED = ("weight", "weight_scale", "bias", "shift", "activation_scale", "table", "row_scale")
+
+
+def test_a_target_is_named_with_its_instruction_set() -> None:
+    for isa in ISAS:
+        assert Target.of(f"cpu:{isa}") == Target("cpu", isa, FEATURES)
+        assert str(Target.of(f"cpu:{isa}")) == f"cpu:{isa}"
+    assert Target.of("cuda") == Target("cuda")
+
+
+@pytest.mark.parametrize("name", ["cpu:avx3", "cuda:avx2", "cpu:neon", "tpu", "cpu avx2"])
+def test_a_target_that_is_not_of_this_machine_is_refused(name: str) -> None:
+    if name.partition(":")[2] in ISAS and name.startswith("cpu:"):
+        pytest.skip("this machine has it")
+    with pytest.raises(ConfigError):
+        Target.of(name)
+
+
+def test_every_instruction_set_is_one_that_llvm_knows(capfd: pytest.CaptureFixture[str]) -> None:
+    for isa in INSTRUCTION_SETS:
+        found = llvm_target(Target("cpu", isa.name))
+        assert found.attrs["mcpu"] == isa.processor and found.attrs["mtriple"] == isa.triple
+    assert capfd.readouterr().err == ""  # LLVM says so when it does not
 
 
 def accepted(operator: Operator, target: Target) -> Iterator[tuple[int, Kernel, Call]]:

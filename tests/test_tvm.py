@@ -8,16 +8,19 @@ import logging
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bincompile.config import Target
 from bincompile.errors import KernelError
+from bincompile.ops import OPERATORS
 from bincompile.runtime import tvm
-from bincompile.runtime.kernels import kernels_of
+from bincompile.runtime.kernels import Call, Dynamic, kernels_of
+from bincompile.runtime.library import tvm_w1a1_linear
 from bincompile.runtime.tvm import Recipe, load, prepare
 
 HOST = Target.host()
@@ -108,30 +111,50 @@ def test_a_kernel_that_does_not_compile_is_an_error_not_a_hang(empty_cache: Path
         prepare([*linears(128), wrong], HOST)
 
 
-def test_a_program_compiles_its_kernels_before_it_binds_them() -> None:
-    for operator in ("binary_linear", "binary_embedding"):
-        for kernel in kernels_of(operator):
-            assert (kernel.recipe is not None) == kernel.name.startswith("tvm-"), kernel.name
+@pytest.mark.parametrize("operator", sorted(OPERATORS))
+def test_the_executor_knows_what_a_kernel_compiles(operator: str) -> None:
+    for kernel in kernels_of(operator):
+        assert (kernel.recipe is not None) == kernel.name.startswith("tvm-"), kernel.name
 
 
-def test_other_threads_run_while_a_kernel_does() -> None:
-    serial = load(linears(64)[0], HOST)["serial"]
-    assert serial.release_gil
-    rows, steps, stop = 200_000, [0], threading.Event()
+class Recorder:
+    """A loaded module that keeps the calls of its functions."""
+
+    def __init__(self, module: Any, calls: list[tuple[Any, tuple[Any, ...]]]) -> None:
+        self.module, self.calls = module, calls
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            self.calls.append((self.module[name], arguments))
+            return self.module[name](*arguments)
+
+        return call
+
+
+def test_other_threads_run_while_a_kernel_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    monkeypatch.setattr(tvm_w1a1_linear, "load",
+                        lambda recipe, target: Recorder(load(recipe, target), calls))
+    operator, x = OPERATORS["binary_linear"], torch.randn(200_000, 64)
+    given = operator.bind((Dynamic(x), torch.zeros(64, 8, dtype=torch.uint8), torch.ones(64),
+                           None, 64), {})
+    next(k for k in kernels_of("binary_linear") if k.name == "tvm-w1a1").bind(
+        Call(operator, given, HOST))(x)
+    (function, arguments), = calls
+    assert function.release_gil
+    steps, stop = [0], threading.Event()
 
     def count() -> None:
         while not stop.wait(1e-4):
             steps[0] += 1
 
-    arguments = (torch.randn(rows, 64), torch.zeros(1, 2, 4, 16, dtype=torch.uint32),
-                 torch.ones(64), torch.empty(rows, 64))
     before = sys.getswitchinterval()
     sys.setswitchinterval(100.0)  # whoever holds the lock keeps it until he waits
     thread = threading.Thread(target=count)
     try:
         thread.start()
         began = steps[0]
-        serial(*arguments)
+        function(*arguments)
         assert steps[0] > began
     finally:
         stop.set()
