@@ -122,7 +122,7 @@ def test_each_mode_of_splitting_is_used(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("place", ["query", "key", "value", "bias"])
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("kind", [KINDS[1], KINDS[2]], ids=str)
+@pytest.mark.parametrize("kind", [KINDS[1], KINDS[2], KINDS[5]], ids=str)
 def test_nan_and_infinities_go_where_the_reference_has_them(
         place: str, number: float, kind: tuple[Any, ...]) -> None:
     given = arguments(kind, (2, 2, 20, 40))

@@ -17,7 +17,7 @@ PROBABILITIES = ("float", "binary", "int8", "uint8")
 VALUES = ("float", "binary")
 CLIP = 2.0  # the gradient of a sign passes where |x| <= CLIP * its row's scale
 LEVELS = {"int8": 127.0, "uint8": 255.0}
-DOUBTFUL = 1e-3  # a rounding nearer than this to one half may fall to the other side
+DOUBTFUL = 3e-4  # a rounding nearer than this to one half may fall to the other side
 
 
 @dataclasses.dataclass(frozen=True)

@@ -243,7 +243,7 @@ class Block:
             return T.call_extern("float32x16", "bincompile_as_rounded", level) - large
         if kind == "binary":
             least = T.min(self.tensors.threshold[self.head.head], T.float32(1))
-            none = powers * zero  # nan stays
+            none = T.Select(powers >= zero, zero, powers)  # nan stays
             kept = T.Select(powers >= T.broadcast(least, LANE), ones, none)
             return T.Select(powers > zero, kept, none)
         return powers
