@@ -20,7 +20,7 @@ import bincompile as bc
 from bincompile.nn import BMHA
 from bincompile.ops.binary_attention import PROBABILITIES, VALUES, binary_attention
 
-OPTIONS = list(itertools.product(PROBABILITIES, VALUES))
+OPTIONS = [pair for pair in itertools.product(PROBABILITIES, VALUES) if pair != ("uint8", "float")]
 B, H, M, N, D, E = 2, 3, 4, 6, 5, 7
 
 
@@ -37,10 +37,14 @@ def popcount_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, bias: np.nda
         if not np.isfinite(scores).any():
             continue
         powers = np.exp(scores - scores.max())
-        counts = {"float": powers, "int8": np.rint(127 * powers), "binary": None}[probabilities]
-        if counts is None:
+        counts = {"float": powers, "int8": np.rint(127 * powers)}.get(probabilities)
+        if probabilities == "binary":
             counts = ((powers >= min(threshold[h], 1.0)) & (powers > 0)).astype(float)
-        weights[b, h, i] = counts / counts.sum()
+        if probabilities == "uint8":
+            scales = np.abs(v[b, h]).mean(-1)
+            step = (powers * scales).max() / 255
+            counts = np.rint(powers * scales / step) * step / scales
+        weights[b, h, i] = counts / (powers if probabilities == "uint8" else counts).sum()
         out[b, h, i] = weights[b, h, i] @ shown[b, h]
     return out, weights
 
