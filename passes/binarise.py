@@ -9,7 +9,7 @@ float keeps the float weight.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from torch import fx
 
@@ -145,5 +145,6 @@ def _bag(build: Build, node: fx.Node, signs: fx.Node, scale: fx.Node, binary: Bi
                       found["include_last_offset"], found["padding_idx"])
 
 
-EMIT = {binary_linear.name: _linear, binary_embedding.name: _embedding,
-        binary_embedding_bag.name: _bag, binary_attention.name: emit_attention}
+EMIT: dict[str, Callable[..., fx.Node]] = {
+    binary_linear.name: _linear, binary_embedding.name: _embedding,
+    binary_embedding_bag.name: _bag, binary_attention.name: emit_attention}
