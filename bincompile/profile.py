@@ -37,7 +37,8 @@ class Profile:
     """The times of one call.
 
     Args:
-        nodes: every node that computes, in the order of the program.
+        nodes: every node that each call computes, in the order of the program; views of planned
+            memory are made once and are not among them.
         microseconds: the whole call, without the clock between the nodes.
         threads: how many threads torch had.
 
@@ -95,7 +96,8 @@ def profile(program: Program, executable: Executable, flat: Sequence[Any],
     return Profile(tuple(
         Timed(name, target_name(nodes[name].target).removeprefix("bincompile."),
               executable.kernels.get(name, OTHER), owner(nodes[name]),
-              statistics.median(seconds[-repeats:]) * 1e6) for name, seconds in spent.items()),
+              statistics.median(seconds[-repeats:]) * 1e6)
+        for name, seconds in spent.items() if len(seconds) >= repeats),  # else made once, and kept
         whole * 1e6, torch.get_num_threads())
 
 

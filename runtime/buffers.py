@@ -96,27 +96,39 @@ class Arena:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._views: dict[Layout, tuple[torch.Tensor, ...]] = {}
+        self._views: dict[Layout, tuple[Any, ...]] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes that it holds."""
         return self._memory.nbytes
 
-    def views(self, layout: Layout) -> tuple[torch.Tensor, ...]:
-        """The tensors of a layout; they overlap those of every other layout."""
-        found = self._views.get(layout)
-        return found if found is not None else self._lay(layout)
+    def views(self, layout: Layout) -> tuple[Any, ...] | None:
+        """What `lay` gave for a layout; its tensors overlap those of every other layout."""
+        return self._views.get(layout)
 
-    def _lay(self, layout: Layout) -> tuple[torch.Tensor, ...]:
+    def lay(self, layout: Layout, prepare: Callable[..., tuple[Any, ...]],
+            *inputs: Any) -> tuple[Any, ...] | None:
+        """The tensors of a layout, and behind them what `prepare(*inputs, *tensors)` gives.
+
+        None if one of those is memory of its own, and not a view that stays right.
+        """
         # a tensor that is made under inference_mode could not be written to outside of it
         with torch.inference_mode(False), torch.no_grad():
             if self._memory.nbytes < layout.nbytes or len(self._views) == MOST_LAYOUTS:
                 self._views.clear()
             if self._memory.nbytes < layout.nbytes:
                 self._memory = fresh((layout.nbytes,), torch.uint8)
-            self._views[layout] = tuple(self._view(*place) for place in layout.places)
+            tensors = tuple(self._view(*place) for place in layout.places)
+            more = prepare(*inputs, *tensors)
+        if not all(map(self._holds, more)):
+            return None
+        self._views[layout] = (*tensors, *more)
         return self._views[layout]
+
+    def _holds(self, value: Any) -> bool:
+        return not isinstance(value, torch.Tensor) or not value.numel() or (
+            value.untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr())
 
     def _view(self, offset: int, shape: tuple[int, ...], strides: tuple[int, ...],
               dtype: torch.dtype) -> torch.Tensor:
@@ -138,6 +150,7 @@ class Memory:
     def __init__(self, lifetimes: Sequence[Lifetime]) -> None:
         self.lifetimes = tuple(lifetimes)
         self.layouts: dict[Hashable, Layout] = {}
+        self.stubborn: set[Hashable] = set()  # sizes at which a view was none; nothing is planned
         self._free: list[Arena] = []
         self._lock = threading.Lock()
 
@@ -153,6 +166,13 @@ class Memory:
             if key not in self.layouts and len(self.layouts) >= MOST_LAYOUTS:
                 del self.layouts[next(iter(self.layouts))]
             self.layouts[key] = layout
+
+    def forget(self, key: Hashable) -> None:
+        """Plan nothing at these sizes from now on."""
+        with self._lock:
+            self.layouts.pop(key, None)
+            if len(self.stubborn) < MOST_LAYOUTS:
+                self.stubborn.add(key)
 
     def take(self) -> Arena:
         """An arena that no other call uses."""

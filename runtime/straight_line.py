@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import fx
 from bincompile.program import attribute
 from bincompile.runtime.bound import Bound
 from bincompile.runtime.buffers import Memory, recorded
+from bincompile.runtime.hoisting import constant_nodes
 from bincompile.runtime.kernels import Call
 from bincompile.runtime.lifetimes import lifetimes, planned
 
@@ -45,7 +47,7 @@ def straight_line(module: fx.GraphModule, calls: Mapping[str, Call],
     writer = _Writer(module, calls, bound, places, memory)
     writer.clocked = clock is not None
     writer.scope |= {"clock": clock, "now": time.perf_counter}
-    source = writer.first() + writer.again() if places else writer.unplanned()
+    source = writer.planned() if places else writer.unplanned("again")
     exec(compile(source, FILE, "exec"), writer.scope)
     return writer.scope["again"], memory
 
@@ -60,43 +62,88 @@ class _Writer:
         self.memory, self.clocked = memory, False
         self.scope: dict[str, Any] = {
             "layouts": memory.layouts, "keep": memory.keep, "take": memory.take,
-            "give": memory.give, "recorded": recorded, "cpu": torch.device("cpu")}
+            "give": memory.give, "forget": memory.forget,
+            "stubborn": memory.stubborn, "recorded": recorded, "cpu": torch.device("cpu")}
         self.names = {node: f"v{index}" for index, node in enumerate(module.graph.nodes)}
         self.inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
         self.last = {source: node for node in module.graph.nodes
                      for source in node.all_input_nodes}
+        self.inside = [f"b{i}" for i, life in enumerate(memory.lifetimes) if life is not None]
+        self.constant = constant_nodes(module.graph, places, self.kept_inside())
 
-    def unplanned(self) -> str:
-        """The function where no result is planned."""
-        return self.function("again", [*self.body(self.plain), *self.result()])
+    def kept_inside(self) -> dict[fx.Node, tuple[bool, ...]]:
+        """Of each planned node, which of its results lie in an arena."""
+        lives, found = iter(self.memory.lifetimes), {}
+        for node, count in self.places.items():
+            found[node] = tuple(next(lives) is not None for _ in range(count))
+        return found
+
+    def unplanned(self, name: str) -> str:
+        """The function that plans no result."""
+        return self.function(name, [*self.body(self.plain), *self.result()])
+
+    def planned(self) -> str:
+        """The functions for sizes that are new and for sizes that are known, and their parts."""
+        return self.unplanned("plain") + self.first() + self.prepare() + self.again()
 
     def first(self) -> str:
         """The function for sizes that are new."""
-        return self.function("first", [f"key, sizes = {self.key()}, []", *self.body(self.record),
-                                       "keep(key, sizes)", *self.result()])
+        return self.function("first", [
+            f"key, sizes = {self.key()}, []", "if key in stubborn:",
+            f"    return plain({self.given()})", *self.body(self.record),
+            "keep(key, sizes)", *self.result()])
+
+    def prepare(self) -> str:
+        """The function from the inputs and the buffers to all that stays the same."""
+        lines = [f"{self.names[node]} = {self.buffer(node)}" for node in self.places
+                 if all(self.kept_inside()[node])]
+        for node in self.constant:
+            value = self.buffer(node.args[0], node.args[1]) \
+                if node.target is operator.getitem and node.args[0] in self.places \
+                else self.called(node)
+            lines.append(f"{self.names[node]} = {value}")
+        names = "".join(f"{self.names[node]}, " for node in self.constant)
+        return self.function("prepare", [*lines, f"return ({names})"], self.inside)
+
+    def buffer(self, node: fx.Node, index: int | None = None) -> str:
+        """The buffer of a planned result, or of all results of a node."""
+        start = sum(count for _, count in self.before(node))
+        kernel = self.bound[node.name]
+        if index is not None or not kernel.several:
+            return f"b{start + (index or 0)}"
+        return f"({''.join(f'b{start + i}, ' for i in range(self.places[node]))})"
 
     def again(self) -> str:
         """The function for sizes whose layout is known."""
-        inside = [f"b{i}" for i, life in enumerate(self.memory.lifetimes) if life is not None]
+        inside = self.inside
         given = [f"b{i}" for i, life in enumerate(self.memory.lifetimes) if life is None]
         lines = [f"layout = layouts.get({self.key()})",
-                 "if layout is None:",
-                 f"    return first({', '.join(map(self.names.__getitem__, self.inputs))})"]
+                 "if layout is None:", f"    return first({self.given()})"]
         if given:
             sizes = "".join(f"({b}_make, {b}_size, {b}_strides, {b}_dtype), " for b in given)
             lines.append(f"{sizes}= layout.given")
         lines += [f"{b} = {b}_make({b}_size, {b}_strides, dtype={b}_dtype, device=cpu)"
                   for b in given]
-        body = [*self.body(self.place), *self.result()]
+        body = [*self.body(self.place, self.constant), *self.result()]
         if inside:
-            unpacked = "".join(f"{b}, " for b in inside)
-            body = ["arena = take()", "try:", f"    {unpacked}= arena.views(layout)",
+            names = (*inside, *(self.names[node] for node in self.constant))
+            body = ["arena = take()", "try:", "    views = arena.views(layout)",
+                    "    if views is None:",
+                    f"        views = arena.lay(layout, prepare, {self.given()})",
+                    "    if views is None:",
+                    f"        forget({self.key()})",
+                    f"        return plain({self.given()})",
+                    f"    {''.join(f'{name}, ' for name in names)}= views",
                     *(f"    {line}" for line in body), "finally:", "    give(arena)"]
         return self.function("again", [*lines, *body])
 
-    def function(self, name: str, lines: list[str]) -> str:
-        """The text of one function of the flat inputs."""
-        given = ", ".join(map(self.names.__getitem__, self.inputs))
+    def given(self) -> str:
+        """The flat inputs, as arguments."""
+        return ", ".join(map(self.names.__getitem__, self.inputs))
+
+    def function(self, name: str, lines: list[str], more: Sequence[str] = ()) -> str:
+        """The text of one function of the flat inputs, and of `more`."""
+        given = ", ".join((*map(self.names.__getitem__, self.inputs), *more))
         return "".join([f"def {name}({given}):\n", *(f"    {line}\n" for line in lines)])
 
     def key(self) -> str:
@@ -108,11 +155,12 @@ class _Writer:
                     seen.setdefault(str(size), f"{self.names[node]}.size({axis})")
         return f"({''.join(f'{text}, ' for text in seen.values())})"
 
-    def body(self, kernel: Callable[[fx.Node], str]) -> list[str]:
+    def body(self, kernel: Callable[[fx.Node], str],
+             known: Collection[fx.Node] = ()) -> list[str]:
         """The lines between the inputs and the result; `kernel` writes those of our kernels."""
-        lines = []
+        lines, known = [], set(known)
         for node in self.module.graph.nodes:
-            if node.op in ("placeholder", "get_attr", "output"):
+            if node.op in ("placeholder", "get_attr", "output") or node in known:
                 continue
             lines.append(kernel(node) if node.name in self.bound
                          else f"{self.names[node]} = {self.called(node)}")

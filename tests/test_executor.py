@@ -206,3 +206,37 @@ def test_explain_gives_the_time_of_every_node(stack):
     assert compiled.explain() == compiled.executable.explain()
     with pytest.raises(InputError):
         compiled.explain((torch.randn(3, 25),))
+
+
+def test_views_of_planned_memory_are_made_once(stack):
+    compiled, executable = stack
+    x = torch.randn(3, 4, 24)
+    made = []
+    prepare = executable.function.__globals__["prepare"]
+    executable.function.__globals__["prepare"] = lambda *v: made.append(1) or prepare(*v)
+    try:
+        executable.memory.release()
+        for _ in range(4):
+            assert same(executable(x), expect(compiled, x))
+    finally:
+        executable.function.__globals__["prepare"] = prepare
+    assert made == [1]
+    assert any(isinstance(v, torch.Tensor) and v._is_view() for v in prepare(
+        x, *(torch.empty(size, dtype=dtype) for _, size, _, dtype
+             in executable.memory.layouts[(3, 4)].places)))
+
+
+def test_a_view_that_turns_out_to_be_a_copy_is_never_kept(stack):
+    compiled, executable = stack
+    x = torch.randn(5, 3, 24)
+    scope = executable.function.__globals__
+    prepare = scope["prepare"]
+    executable(x)
+    scope["prepare"] = lambda *values: tuple(
+        v.clone() if isinstance(v, torch.Tensor) else v for v in prepare(*values))
+    try:
+        for _ in range(3):
+            assert same(executable(x), expect(compiled, x))
+        assert (5, 3) in executable.memory.stubborn
+    finally:
+        scope["prepare"] = prepare
