@@ -13,8 +13,6 @@ from bincompile.runtime.forms import restorable
 from bincompile.runtime.kernels import Call, host_reason
 from bincompile.runtime.schedules.common import LANE, PANEL, VECTORS, WORD, ceil_div
 
-# Rows that are multiplied together: as many as the registers hold sums of.
-TILES = {"avx512-vpopcntdq": 4}
 INPUTS = (torch.float32, torch.float16, torch.bfloat16)
 _STORED = ("weight", "weight_scale", "bias", "in_features", "activation", "activation_scale",
            "shift")

@@ -12,7 +12,7 @@ from bincompile.body import Body
 from bincompile.ops.embedding import check_indices
 from bincompile.runtime.bound import Bound, Size
 from bincompile.runtime.kernels import Call, Dynamic, Kernel, host_reason, parts_of
-from bincompile.runtime.panels import TILES, pad, shared_panels
+from bincompile.runtime.panels import pad, shared_panels
 from bincompile.runtime.row_inputs import Unsuitable, inputs_of
 from bincompile.runtime.schedules.rows_body import Input, steps_of
 from bincompile.runtime.tvm import Recipe, load, obstacle
@@ -39,8 +39,7 @@ def _known(call: Call) -> tuple[Body, tuple[Input, ...], int]:
 def _recipe(call: Call) -> Recipe:
     body, inputs, rank = _known(call)
     return Recipe("rows", {
-        "body": str(body), "inputs": tuple(map(tuple, inputs)), "rank": rank, "block": BLOCK,
-        "tile": TILES.get(call.target.isa, 1)})
+        "body": str(body), "inputs": tuple(map(tuple, inputs)), "rank": rank, "block": BLOCK})
 
 
 def _supports(call: Call) -> str | None:
@@ -94,7 +93,7 @@ def _bind(call: Call) -> Bound:
 
     body, inputs, _ = _known(call)
     recipe, parts = _recipe(call), parts_of(call.arguments["inputs"])
-    module, tile = load(recipe, call.target), recipe.parameters["tile"]
+    module = load(recipe, call.target)
     serial, parallel = module["serial"], module["rows"]
     template = [None if isinstance(part, Dynamic) else from_dlpack(_stored(part, given))
                 for part, given in zip(parts, inputs, strict=True)]
@@ -117,7 +116,7 @@ def _bind(call: Call) -> Bound:
         if threads == 1:
             bad = serial(most, *arguments, *values[len(places):])
         else:
-            block = -(-rows // (2 * threads * tile)) * tile
+            block = -(-rows // (2 * threads))
             bad = parallel(min(most, block), *arguments, *values[len(places):])
         if bad:
             _raise_index_error(look_ups, known, places, values)

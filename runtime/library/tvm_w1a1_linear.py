@@ -9,7 +9,7 @@ import torch
 
 from bincompile.runtime.bound import Bound, Size
 from bincompile.runtime.kernels import Call, Kernel
-from bincompile.runtime.panels import TILES, linear_reason, pad, shared_panels
+from bincompile.runtime.panels import linear_reason, pad, shared_panels
 from bincompile.runtime.schedules.common import PANEL, ceil_div
 from bincompile.runtime.schedules.w1a1_linear import BLOCK
 from bincompile.runtime.tvm import Recipe, load, obstacle
@@ -22,7 +22,7 @@ def _recipe(call: Call) -> Recipe:
         "features": call.value("in_features"), "outputs": call.value("weight").shape[0],
         "bias": call.value("bias") is not None, "shift": call.value("shift") is not None,
         "row_scale": call.value("activation_scale") is None,
-        "rank": max(call.value("x").ndim - 1, 1), "tile": TILES.get(call.target.isa, 1)})
+        "rank": max(call.value("x").ndim - 1, 1)})
 
 
 def _supports(call: Call) -> str | None:

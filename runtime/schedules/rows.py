@@ -13,7 +13,7 @@ from typing import Any
 
 from bincompile.runtime.schedules.common import MODES, ceil_div
 from bincompile.runtime.schedules.rows_body import LOOK_UPS, Input, Name, Step, steps_of
-from bincompile.runtime.schedules.rows_loops import linear_phase, row_phases, tiles
+from bincompile.runtime.schedules.rows_loops import linear_phase, row_phases
 from bincompile.runtime.schedules.rows_plan import Plan, plan
 from bincompile.runtime.schedules.rows_store import allocate, declare
 from bincompile.runtime.schedules.rows_text import helpers
@@ -23,7 +23,7 @@ from bincompile.runtime.schedules.rows_vector import Program, input_row
 SKIPPED = ("s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse")
 
 
-def build(body: str, inputs: tuple[tuple[Any, ...], ...], rank: int, block: int, tile: int,
+def build(body: str, inputs: tuple[tuple[Any, ...], ...], rank: int, block: int,
           modes: tuple[str, ...] = ("serial", "rows")) -> Any:
     """The IRModule, with one function for each mode.
 
@@ -32,7 +32,6 @@ def build(body: str, inputs: tuple[tuple[Any, ...], ...], rank: int, block: int,
         inputs: for each input the fields of an `Input`.
         rank: how many leading axes the results have.
         block: the most rows of one block.
-        tile: rows that are worked on together.
         modes: keys of `common.MODES`; "panels" only for products that nothing is added up after.
     """
     from tvm.script.ir_builder import IRBuilder
@@ -44,12 +43,12 @@ def build(body: str, inputs: tuple[tuple[Any, ...], ...], rank: int, block: int,
     with IRBuilder() as builder, I.ir_module():
         for mode in modes:
             _function(T, mode, given, steps, plan(steps, results, widths), widths,
-                      (rank, block, tile))
+                      (rank, block))
     return builder.get()
 
 
 def _function(T: Any, mode: str, inputs: tuple[Input, ...], steps: list[Step], made: Plan,
-              widths: dict[Name, int], sizes: tuple[int, int, int]) -> None:
+              widths: dict[Name, int], sizes: tuple[int, int]) -> None:
     blocks, panels = MODES[mode]
     text = helpers([step.op for step in steps], widths.values())
     with T.prim_func():
@@ -62,14 +61,14 @@ def _function(T: Any, mode: str, inputs: tuple[Input, ...], steps: list[Step], m
             with getattr(T, blocks)(0, ceil_div(arguments.rows, arguments.step)) as block:
                 first = block * arguments.step
                 count = T.bind(T.min(arguments.step, arguments.rows - first))
-                scratch = allocate(T, made, *sizes[1:])
+                scratch = allocate(T, made, sizes[1])
                 program = Program(T, made, inputs, widths, arguments, scratch,
                                   {step.target: step for step in steps}, first, bad, panels)
-                _block(program, count, sizes[2])
+                _block(program, count)
             T.Return(bad[0])
 
 
-def _block(program: Program, count: Any, tile: int) -> None:
+def _block(program: Program, count: Any) -> None:
     T = program.T
     look_ups = [step for step in program.steps.values() if step.op in LOOK_UPS]
     if look_ups:
@@ -79,11 +78,10 @@ def _block(program: Program, count: Any, tile: int) -> None:
     for group in program.plan.groups:
         phases = [program.plan.phases[place] for place in group]
         if phases[0].linear:
-            linear_phase(program, phases[0], count, tile)
-        else:
-            tiles(T, count, tile,
-                  lambda row, height, phases=phases: row_phases(program, phases, row, height,
-                                                                tile))
+            linear_phase(program, phases[0], count)
+        elif any(phase.steps for phase in phases):
+            with T.serial(0, count) as row:
+                row_phases(program, phases, row)
 
 
 def _find(program: Program, step: Step, row: Any) -> None:

@@ -100,11 +100,11 @@ def _shape(T: Any, given: Input) -> tuple[Any, ...]:
 
 @dataclasses.dataclass
 class Scratch:
-    """What is kept between phases; a row's place is that in its block, or in its tile.
+    """What is kept between phases, for each row of a block or for one row at a time.
 
     Args:
         values: rows of numbers that another phase reads and that are no results.
-        local: those of them that only the tile's own loop reads.
+        local: those of them that only the row's own loop reads: one row is enough.
         bits: packed signs.
         sums: sixteen partial results of each reduction inside a product's loop.
         places: the row that each look-up reads.
@@ -117,16 +117,16 @@ class Scratch:
     places: dict[Name, Any]
 
 
-def allocate(T: Any, plan: Plan, block: int, tile: int) -> Scratch:
+def allocate(T: Any, plan: Plan, block: int) -> Scratch:
     """The scratch of one block."""
     found = Scratch({}, set(), {}, {}, {})
     for phase in plan.phases:
         for step in phase.every:
-            _allocate_step(T, plan, step, found, block, tile, phase.linear is not None)
+            _allocate_step(T, plan, step, found, block, phase.linear is not None)
     return found
 
 
-def _allocate_step(T: Any, plan: Plan, step: Step, found: Scratch, block: int, tile: int,
+def _allocate_step(T: Any, plan: Plan, step: Step, found: Scratch, block: int,
                    in_product: bool) -> None:
     name = step.target
     if step.op == "pack":
@@ -139,7 +139,7 @@ def _allocate_step(T: Any, plan: Plan, step: Step, found: Scratch, block: int, t
     if (plan.is_kept(name) or step.op in REDUCTIONS) and name not in plan.results:
         rows = block
         if plan.is_local(name) and not in_product:
-            rows = tile
+            rows = 1
             found.local.add(name)
         width = 1 if step.width == 1 else ceil_div(step.width, LANE) * LANE
         found.values[name] = T.alloc_buffer((rows, width), "float32")

@@ -42,13 +42,13 @@ class Vector:
 
     Args:
         row: the row's place in its block.
-        tile_row: its place in what only its tile needs, and among the partial results.
+        place: its place among the partial results; 0 where there are those of one row.
         sums: the partial results of reductions (row, lane).
     """
 
     program: Program
     row: Any
-    tile_row: Any
+    place: Any
     column: Any
     left: int
     sums: dict[Name, Any]
@@ -81,7 +81,7 @@ class Vector:
         program = self.program
         if name in program.arguments.results:
             return program.arguments.results[name], program.first + self.row, self.column
-        row = self.tile_row if name in program.scratch.local else self.row
+        row = 0 if name in program.scratch.local else self.row
         return program.scratch.values[name], row, self.column
 
     def _load(self, name: Name) -> Any:
@@ -128,7 +128,7 @@ class Vector:
                                  half, value))
 
     def _reduce(self, step: Step) -> None:
-        T, at = self.program.T, [self.tile_row, span(self.program.T, 0)]
+        T, at = self.program.T, [self.place, span(self.program.T, 0)]
         value = self._inside(self.read(step.reads[0]), START.get(step.op, 0))
         kept = self.sums[step.target]
         before = kept[tuple(at)]

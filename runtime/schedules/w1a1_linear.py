@@ -20,13 +20,12 @@ BLOCK = 32  # most rows of one block: their packed bits stay in the first-level 
 SKIPPED = rows.SKIPPED
 
 
-def build(features: int, outputs: int, bias: bool, shift: bool, row_scale: bool, rank: int = 1,
-          tile: int = 1) -> Any:
+def build(features: int, outputs: int, bias: bool, shift: bool, row_scale: bool,
+          rank: int = 1) -> Any:
     """The IRModule, with one function for each of `MODES`.
 
     Args:
         rank: how many leading axes x has.
-        tile: rows that are multiplied together.
     """
     inputs: list[tuple[Any, ...]] = [("rows", (*[None] * rank, features)),
                                      ("panels", (outputs, features), "uint32"),
@@ -41,4 +40,4 @@ def build(features: int, outputs: int, bias: bool, shift: bool, row_scale: bool,
     shifted = optional(shift, "columns", (features,))
     body = (f"t0 = binary_linear(x0, x1, x2, {added}, {features}, 'binary', {scale}, {shifted})\n"
             "return t0")
-    return rows.build(body, tuple(inputs), rank, BLOCK, tile, tuple(MODES))
+    return rows.build(body, tuple(inputs), rank, BLOCK, tuple(MODES))
