@@ -84,11 +84,15 @@ class Machine:
         """The compiled functions, to be run here; in place of `tvm.load`."""
         library = folder / recipe.file_name(target)
         if not library.exists():
-            def link(output: str, objects: Sequence[str], **_: Any) -> None:
-                command([*self.compiler, "-shared", *objects, "-o", output])
-
-            tvm._compile(recipe, target).export_library(str(library), fcompile=link)
+            self.link(tvm._compile(recipe, target), library)
         return Module(self, folder, library)
+
+    def link(self, compiled: Any, library: Path) -> None:
+        """Make a library of what TVM compiled, without the shim: the C program has it."""
+        def run(output: str, objects: Sequence[str], **_: Any) -> None:
+            command([*self.compiler, "-shared", *objects, "-o", output])
+
+        compiled.export_library(str(library), fcompile=run)
 
 
 def command(words: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_vector_math
 import torch
 from native import INCLUDES, Machine, Module, command
 
@@ -142,6 +143,25 @@ def test_a_kernel_agrees_with_its_reference_there(
         exact = {"rtol": 0, "atol": 0} if limit.bits else {"rtol": limit.rtol, "atol": limit.atol}
         for one, other in zip(flat(result), flat(expected), strict=True):
             torch.testing.assert_close(one, other, equal_nan=True, **exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", [m for m in KERNELS if "neon" in m.name],
+                         ids=lambda machine: machine.name)
+def test_vector_functions_give_the_bits_of_this_machine_there(
+        machine: Machine, tmp_path: Path) -> None:
+    skip_without(machine)
+    if HOST[0] not in ("avx512-vpopcntdq", "avx2", "neon", "neon-dotprod"):
+        pytest.skip("this processor rounds products before it adds them")
+    machine.link(test_vector_math.compiled(machine.isa), tmp_path / "functions.so")
+    module, x = Module(machine, tmp_path, tmp_path / "functions.so"), test_vector_math.grid()
+    for name in test_vector_math.REFERENCES:
+        found = torch.empty_like(x)
+        module[name](x, found)
+        expected = test_vector_math.run(name, x)
+        assert torch.equal(found.isnan(), expected.isnan()), name
+        sure = ~found.isnan()
+        assert torch.equal(found[sure].view(torch.int32), expected[sure].view(torch.int32)), name
 
 
 def flat(result: Any) -> list[torch.Tensor]:
