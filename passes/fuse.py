@@ -14,6 +14,7 @@ from torch import fx
 from bincompile.ops.fused_rows import fused_rows
 from bincompile.passes.fuse_body import Written, write
 from bincompile.passes.fuse_linear import join_biases, split_biases
+from bincompile.passes.fuse_numbers import raise_factors
 from bincompile.passes.fuse_proof import candidate_of, prove_region
 from bincompile.passes.fuse_regions import Region, regions_of
 from bincompile.passes.graph import Build, copy_module, finish, put_in_order
@@ -31,6 +32,7 @@ def fuse(program: Program) -> Program:
     module, _ = copy_module(program.graph_module)
     fold(module)
     finish(module)
+    raise_factors(module)
     split = split_biases(module)
     found, shared = list[tuple[Written, Evidence]](), dict[str, Evidence | str]()
     refusals = list(program.refusals)

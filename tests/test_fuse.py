@@ -238,6 +238,27 @@ def test_a_bias_is_added_by_the_row_program_that_follows_and_else_by_the_product
     same(plain, program, (x,))
 
 
+def test_a_factor_behind_views_joins_the_rows_before_them() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = BINARY(24, 24), nn.LayerNorm(24)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = self.layer(self.norm(x))
+            heads = torch.tanh(rows).unflatten(-1, (4, 6)).transpose(1, 2) * 0.125
+            return heads.flip(1), (rows.transpose(0, 1) * 2).flip(1)
+
+    torch.manual_seed(4)
+    model, x = Heads(), torch.randn(2, 7, 24)
+    program = program_of(model, x)
+    assert bodies(program) == [["layer_norm", "binary_linear", "tanh", "mul"]]
+    assert left(program) >= {"mul.Tensor"}  # rows are read elsewhere too: scaled where they are
+    with torch.no_grad():
+        for found, expected in zip(program(x), model(x), strict=True):
+            assert torch.equal(found, expected)
+
+
 def test_look_ups_join_what_follows_and_bad_indices_still_raise() -> None:
     class Words(nn.Module):
         def __init__(self) -> None:
