@@ -75,13 +75,7 @@ class BMHA(nn.Module):
         if compat is not None:
             arguments.without(name, "compat='bitorch'", attention=(attention, "float"),
                               bias=(bias, False))
-        if attention == "float":
-            arguments.without(name, "attention='float'", values=(values, "float"),
-                              probabilities=(probabilities, "float"))
-        if probabilities == "uint8" and values != "binary":
-            raise ConfigError(f"{name}(probabilities='uint8', values={values!r})",
-                              "values='binary', whose scales it rounds too",
-                              "the probabilities or the values argument")
+        _check_forms(name, attention, probabilities, values)
         self.input_dim = arguments.size(name, "input_dim", input_dim)
         self.hidden_dim = arguments.size(name, "hidden_dim", hidden_dim)
         self.num_heads = arguments.size(name, "num_heads", num_heads)
@@ -240,6 +234,16 @@ class BMHA(nn.Module):
                     "compat": None}
         return ", ".join(parts + [f"{name}={getattr(self, name)!r}" for name, usual in
                                   defaults.items() if getattr(self, name) != usual])
+
+
+def _check_forms(name: str, attention: str, probabilities: str, values: str) -> None:
+    if attention == "float":
+        arguments.without(name, "attention='float'", values=(values, "float"),
+                          probabilities=(probabilities, "float"))
+    if probabilities == "uint8" and values != "binary":
+        raise ConfigError(f"{name}(probabilities='uint8', values={values!r})",
+                          "values='binary', whose scales it rounds too",
+                          "the probabilities or the values argument")
 
 
 def _check_inputs(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
