@@ -106,6 +106,8 @@ def test_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(embedding, name, value)
     found = measured(embedding.cases())
     assert len(found) == 1 + len(embedding.MODES)
+    assert {name for name, row in found.items() if INT8 in row["ms"]} == \
+        {"look-up of 7 in 50 x 64", "sum of 3, 5 bags of 50 x 64"}
     assert found["look-up of 7 in 50 x 64"]["values"][embedding.BYTES] <= 1 / 20
 
 
