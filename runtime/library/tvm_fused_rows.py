@@ -99,7 +99,8 @@ def _bind(call: Call) -> Bound:
                 for part, given in zip(parts, inputs, strict=True)]
     places = [place for place, part in enumerate(parts) if isinstance(part, Dynamic)]
     shape = _shape_of(body, inputs, places)
-    weights = sum(math.prod(given.shape) // 8 for given in inputs if given.role == "panels")
+    weights = sum(math.prod(size or 0 for size in given.shape) // 8
+                  for given in inputs if given.role == "panels")
     most = FEW if weights <= CACHE else BLOCK
     few = WORTH_THREADS / max(_cost(recipe), 1e-3)
     look_ups = [statement for statement in body.statements if "embedding" in statement.op]

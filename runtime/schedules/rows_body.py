@@ -61,14 +61,14 @@ class Input(NamedTuple):
 
 def parse(body: str) -> tuple[list[tuple[Name, str, tuple[Any, ...]]], list[Name]]:
     """The statements (target, operation, arguments) of a body, and the names it returns."""
-    lines = ast.parse("\n".join(line.replace("return ", "_ = ", 1)
-                                if line.startswith("return ") else line
-                                for line in body.splitlines())).body
-    statements = []
+    lines: list[Any] = ast.parse("\n".join(line.replace("return ", "_ = ", 1)
+                                           if line.startswith("return ") else line
+                                           for line in body.splitlines())).body
+    statements: list[tuple[Name, str, tuple[Any, ...]]] = []
     for line in lines:
-        target, value = line.targets[0].id, line.value  # type: ignore[attr-defined]
+        target, value = line.targets[0].id, line.value
         if target == "_":
-            parts = value.elts if isinstance(value, ast.Tuple) else [value]
+            parts: list[Any] = value.elts if isinstance(value, ast.Tuple) else [value]
             return statements, [Name(part.id) for part in parts]
         statements.append((Name(target), value.func.id, tuple(map(_argument, value.args))))
     raise ValueError(f"a body without a return: {body}")
