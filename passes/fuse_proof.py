@@ -102,10 +102,10 @@ def _try(written: Written, nodes: list[fx.Node], numbers: Assignment,
         if value.shape != env[node].shape or value.dtype != env[node].dtype:
             return f"{value.dtype} {tuple(value.shape)} where the nodes give {env[node].dtype} " \
                    f"{tuple(env[node].shape)}"
-    error = max(difference(env[node], value)
+    worst = max(difference(env[node], value)
                 for node, value in zip(written.region.results, found, strict=True))
-    return error if error <= trial.limit else (
-        f"error {error:.2g} on inputs of kind '{trial.name}', allowed {trial.limit:.0e}")
+    return worst if worst <= trial.limit else (
+        f"error {worst:.2g} on inputs of kind '{trial.name}', allowed {trial.limit:.0e}")
 
 
 def _draw(written: Written, numbers: Assignment, trial: Trial) -> Drawn:

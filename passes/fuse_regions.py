@@ -166,6 +166,7 @@ def _places(mask: int) -> Iterator[int]:
 
 
 def agree(left: tuple[Any, ...] | None, right: tuple[Any, ...] | None) -> bool:
+    """Whether leading axes are known to be equal; None agrees with all."""
     return left is None or right is None or (
         len(left) == len(right) and all(map(equal, left, right)))
 
