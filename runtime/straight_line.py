@@ -109,6 +109,7 @@ class _Writer:
         """The buffer of a planned result, or of all results of a node."""
         start = sum(count for _, count in self.before(node))
         kernel = self.bound[node.name]
+        assert isinstance(kernel, Bound)
         if index is not None or not kernel.several:
             return f"b{start + (index or 0)}"
         return f"({''.join(f'b{start + i}, ' for i in range(self.places[node]))})"
