@@ -135,7 +135,10 @@ def bound(module: Any, stored: list[torch.Tensor], features: int, outputs: int, 
             flat = flat.contiguous()
         rows, threads = flat.shape[0], torch.get_num_threads()
         narrow = out.dtype is not torch.float32
-        result = torch.empty(rows, outputs) if narrow else out.view(rows, outputs)
+        if narrow:
+            result = torch.empty(rows, outputs)
+        else:
+            result = out if out.ndim == 2 else out.view(rows, outputs)
         if threads == 1 or rows <= few:
             serial(flat, *kept, result)
         elif rows >= 2 * threads * block:

@@ -17,7 +17,7 @@ __all__ = ["BinaryEmbedding", "BinaryEmbeddingForward"]
 
 
 class BinaryEmbedding(BinaryTable):
-    """Look-up of rows that are sums of 1, 2 or 3 binary bases: row = a1 s1 + ... + ak sk.
+    """Look-up of rows that are sums of 1 to 4 binary bases: row = a1 s1 + ... + ak sk.
 
     Args:
         num_embeddings: V.

@@ -40,7 +40,7 @@ class BinaryEmbeddingBag(BinaryTable):
         mode: "majority", "sum", "mean" or "max"; the last three as in `nn.EmbeddingBag`.
         ties: "positive" or "zero", for the majority.
         include_last_offset: the last offset is the number of indices, and starts no bag.
-        bases: binary bases of a row, 1 to 3; the majority has one.
+        bases: binary bases of a row, 1 to 4; the majority has one.
         packed: hold bits, trained by `bincompile.optim.BinaryOptimizer`; False holds float
             masters, trained straight-through by any optimizer, at the cost of the whole table in
             each step.

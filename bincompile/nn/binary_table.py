@@ -21,7 +21,7 @@ ANCHOR = "anchor"
 
 
 class BinaryTable(nn.Module):
-    """A table (V, D) whose rows are sums of 1 to 3 binary bases; the base of the layers.
+    """A table (V, D) whose rows are sums of 1 to 4 binary bases; the base of the layers.
 
     A packed table is the uint8 buffer `qweight` (V, bases * ceil(D/8)) with `embed_scale`
     (V, bases). Its gradient is `qweight.sparse_grad`, for `bincompile.optim.BinaryOptimizer`; it
