@@ -34,7 +34,7 @@ def reference(call: Call, x: torch.Tensor) -> torch.Tensor:
     return OPERATOR.overload(**{**call.arguments, "x": x})
 
 
-@pytest.mark.parametrize(("features", "outputs", "count"), [(1, 3, 2), (33, 65, 4), (257, 70, 3)])
+@pytest.mark.parametrize(("features", "outputs", "count"), [(33, 65, 4), (257, 70, 3)])
 @pytest.mark.parametrize("target", USABLE, ids=str)
 def test_float_activations_agree(features: int, outputs: int, count: int, target: Target) -> None:
     call = call_of(features, outputs, count, "float", target)
