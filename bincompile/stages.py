@@ -132,7 +132,9 @@ def settled(program: Program, restore: Callable[[torch.Tensor], Source | None]) 
     parent = None
     for stage in program.stages:
         module = stage.graph_module
-        if id(module) not in modules:
+        if isinstance(module, StageModule):  # settled before
+            modules[id(module)] = module
+        elif id(module) not in modules:
             modules[id(module)] = StageModule.of(
                 module, {path: source(attribute(module, path)) for path in _stored(module)})
         parent = dataclasses.replace(stage, graph_module=modules[id(module)], parent=parent)

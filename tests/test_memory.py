@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 import bincompile as bc
+from bincompile.compiled import CompiledModel
 from bincompile.errors import WeightsGoneError
 from bincompile.ops import bits
+from bincompile.runtime.executor import bind
 
 X = torch.linspace(-1, 1, 3 * 70).view(3, 70)
 
@@ -108,6 +110,14 @@ def test_a_weight_is_held_once_in_the_layout_of_its_kernel():
     assert not held
     (packed,) = [t for t in found.program.tensors().values() if t.dtype == torch.uint8]
     assert torch.equal(packed, bits.pack(model.weight.detach()))
+
+
+def test_a_program_can_be_bound_again_after_its_model_is_gone(binary):
+    found, _, _ = binary
+    again = CompiledModel(found.program, bind(found.program, found.target), found.target)
+    assert torch.equal(again(X), found(X))
+    with pytest.raises(WeightsGoneError):
+        again.program.at("normal")(X)
 
 
 def test_stages_work_as_before_while_the_model_lives():
