@@ -308,8 +308,8 @@ def test_bags_with_offsets_and_weights_compile(packed: bool, bases: int) -> None
     compiled = bc.optimize(layer, args)
     assert compiled.report.rewrites[0].operator == "binary_embedding_bag"
     more = torch.randint(9, (30,)), torch.tensor([0, 7, 29]), torch.rand(30)
-    for given in (args, more):  # torch rounds a weighted row once less
-        torch.testing.assert_close(compiled(*given), layer(*given), rtol=1e-6, atol=1e-6)
+    for call in (args, more):  # torch rounds a weighted row once less
+        torch.testing.assert_close(compiled(*call), layer(*call), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("layer", [BinaryEmbedding(7, 13, 3, bases=2),
