@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 SWITCH = "BINCOMPILE_MEASURE"
 MARGIN = 1.1  # what is slower than another by no more than this is kept
-ROUNDS, SECONDS = 9, 0.02  # of one candidate, about
+ROUNDS, FEWEST, SECONDS = 9, 5, 0.02  # of one candidate, about
 HOPELESS = 4.0  # one that takes so many times longer, and over SECONDS, is not called again
 SMALLEST = 1 << 16  # numbers in all tensors of a call, below which nothing is measured
 
@@ -74,7 +74,7 @@ def interleaved(candidates: Mapping[str, Callable[[], Any]],
     dear = max(SECONDS, HOPELESS * min(warm.values()))
     rest = {name: call for name, call in candidates.items() if warm[name] <= dear}
     single = {name: max(once(call), 1e-7) for name, call in rest.items()}
-    rounds = min(ROUNDS, max(2, int(SECONDS / max(single.values()))))
+    rounds = min(ROUNDS, max(FEWEST, int(SECONDS / max(single.values()))))
     repeats = {name: max(1, int(SECONDS / rounds / found)) for name, found in single.items()}
     times: dict[str, list[float]] = {name: [] for name in rest}
     for _ in range(rounds):

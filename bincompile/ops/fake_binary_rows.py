@@ -38,7 +38,7 @@ def _backward(ctx, grad):
 
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
-    for count in (1, 2, 3):
+    for count in range(1, bases.MOST + 1):
         for shape in ((1,), (3, 8), (2, 5, 17), (0, 9)):
             yield Sample((torch.randn(shape, generator=generator).requires_grad_(), count))
     yield Sample((torch.zeros(2, 4), 2))
@@ -48,7 +48,7 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 def _bad_samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample((torch.ones(3, 8, dtype=torch.long), 1), error="float")
     yield Sample((torch.tensor(1.0), 1), error="(..., D)")
-    yield Sample((torch.ones(3, 8), 4), error="count=4")
+    yield Sample((torch.ones(3, 8), bases.MOST + 1), error="count=")
 
 
 fake_binary_rows = Operator(

@@ -23,7 +23,7 @@ def _shape(x, count):
 
 
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
-    for count in (1, 2, 3):
+    for count in range(1, bases.MOST + 1):
         for shape in ((3, 8), (5, 17), (0, 9)):
             yield Sample((torch.randn(shape, generator=generator), count))
     yield Sample((torch.zeros(2, 4), 2))
