@@ -227,13 +227,14 @@ class Options:
 
 def _as_called(captured: Captured, args: tuple[Any, ...],
                kwargs: dict[str, Any]) -> Sequence[Any] | None:
-    """The flat inputs of the user's call; the capture's own where it was made at other sizes that
-    alone are allowed, as a batch of 1 is grown."""
+    """The flat inputs of the user's call; the capture's own where there is none, as an exported
+    program has its inputs with it, or where only other sizes are allowed: a batch of 1 is grown.
+    """
     if captured.example is None:
         return None
     try:
         return captured.program.signature.flatten(args, kwargs)
-    except InputError:
+    except (InputError, InputTypeError):
         return captured.example
 
 

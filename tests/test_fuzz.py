@@ -129,6 +129,7 @@ def test_a_model_lost_to_rounding_is_left_as_it_is() -> None:
     args = fuzz.inputs_of(space, space.SIZES[0], space.DTYPE)
     compiled = fuzz.bc.optimize(space.Model().eval(), args, dynamic_shapes=None)
     (refusal,) = compiled.report.refusals
-    assert not compiled.report.matches and not compiled.report.rewrites
+    assert not compiled.report.matches
+    assert {r.operator for r in compiled.report.rewrites} <= {"fused_rows"}
     assert refusal.operator == "attention" and "differs" in refusal.reason and refusal.node
     torch.testing.assert_close(compiled(*args), space.Model()(*args))

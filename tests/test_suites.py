@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from collections.abc import Sequence
 from functools import partial
 
@@ -68,15 +70,19 @@ def test_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found["1-bit products on registers"]["values"]["gmacs"] > 0
 
 
-def test_the_peak_does_the_products_that_it_is_asked_for() -> None:
-    """Four times as many take longer, on one thread and on two."""
+@pytest.mark.parametrize("rounds", [1, 7, 500])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_peak_does_the_products_that_it_is_asked_for(rounds: int, threads: int) -> None:
+    torch.set_num_threads(threads)
     if not limits.at_peak(1):
         pytest.skip("no instruction set to compile for")
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        times = timing.medians({str(scale): limits.at_peak(scale << 28)[PEAK]
-                                for scale in (1, 8)}, rounds=5, seconds=1e-6)
-        assert times["8"] > times["1"]
+    lanes, accumulators = limits.REGISTERS[Target.host().isa]
+    run = limits.at_peak(rounds * lanes * accumulators * limits.WORD * threads)[PEAK]
+    run()
+    ends = [functools.reduce(lambda last, _: last + (last ^ rounds).bit_count(), range(rounds),
+                             place + 1) for place in range(accumulators)]
+    expected = lanes * functools.reduce(operator.xor, ends, rounds)
+    assert run.args[-1].tolist() == [expected] * threads
 
 
 def test_layers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def build(lanes: int, accumulators: int) -> Any:
 
 
 def _text(lanes: int, accumulators: int) -> str:
-    """LLVM text of a loop that adds popcounts to each accumulator and returns what they hold."""
+    """LLVM text of a loop that adds popcounts to each accumulator and returns all as one number."""
     vector, each = f"<{lanes} x i32>", range(accumulators)
     first = [f"<{', '.join([f'i32 {place + 1}'] * lanes)}>" for place in each]
     phis = [f"%a{j} = phi {vector} [ {first[j]}, %entry ], [ %b{j}, %loop ]" for j in each]
@@ -39,7 +39,7 @@ def _text(lanes: int, accumulators: int) -> str:
     folds = [f"%f{j} = xor {vector} %f{j - 1}, %b{j}" for j in each[1:]]
     return f"""
 declare {vector} @llvm.ctpop.v{lanes}i32({vector})
-declare i32 @llvm.vector.reduce.xor.v{lanes}i32({vector})
+declare i32 @llvm.vector.reduce.add.v{lanes}i32({vector})
 define i32 @bincompile_peak(i64 %rounds) noinline {{
 entry:
   %low = trunc i64 %rounds to i32
@@ -56,7 +56,7 @@ loop:
 end:
   %f0 = xor {vector} %b0, %word
   {_block(folds)}
-  %sum = call i32 @llvm.vector.reduce.xor.v{lanes}i32({vector} %f{accumulators - 1})
+  %sum = call i32 @llvm.vector.reduce.add.v{lanes}i32({vector} %f{accumulators - 1})
   ret i32 %sum
 }}
 """
