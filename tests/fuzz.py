@@ -32,6 +32,7 @@ from fuzz_models import KINDS, source_of
 from torch.utils import _pytree as pytree
 
 import bincompile as bc
+from bincompile.config import Target
 from bincompile.errors import InputError
 
 REGRESSIONS = Path(__file__).parent / "fuzz_regressions"
@@ -83,12 +84,13 @@ def inputs_of(space: types.ModuleType, sizes: tuple[int, int], dtype: torch.dtyp
                  for t in space.inputs(*sizes))
 
 
-def check(source: str, quick: bool = False) -> Outcome:
+def check(source: str, quick: bool = False, target: Target | None = None) -> Outcome:
     """Compile a source's model and compare it with eager at all its sizes.
 
     Args:
         source: the text of a module, as `fuzz_models.source_of` writes it.
         quick: compile at the sizes of the first call alone, without torch.export.
+        target: None for the kernels of this machine; `Target("cpu")` has none but references.
 
     Raises:
         Failure: an error where eager has none, or another result, structure, dtype or shape.
@@ -100,7 +102,7 @@ def check(source: str, quick: bool = False) -> Outcome:
     varying = space.DYNAMIC and not quick
     try:
         compiled = fuzz_quick.optimize(model, example) if quick else bc.optimize(
-            model, example, dynamic_shapes="auto" if varying else None)
+            model, example, dynamic_shapes="auto" if varying else None, target=target)
     except Exception as error:
         raise Failure(f"optimize raises {type(error).__name__}: {_first(error)}") from error
     outcome = Outcome([m.operator for m in compiled.report.matches],

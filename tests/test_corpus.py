@@ -7,6 +7,7 @@ less those declined on purpose, so the totals of the declarations are those of w
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import bincompile as bc
+from bincompile.config import Target
 from bincompile.errors import CaptureError
 from bincompile.models.corpus import Case, cases
 
@@ -125,6 +127,12 @@ def assert_computes_the_same(case: Case, model: nn.Module, compiled: bc.Compiled
         assert difference(exact, ours) <= LIMITS[torch.float64], size
 
 
+def target_of(case: Case) -> Target | None:
+    """Kernels of this machine; of the large models for one in three, as compiling takes long."""
+    small = case.group != "transformers"
+    return None if small or zlib.crc32(case.name.encode()) % 3 == 0 else Target("cpu")
+
+
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # WavLM's own
 @pytest.mark.parametrize("case", PARAMETERS)
 def test_a_model_is_recognised_and_computes_the_same(case: Case) -> None:
@@ -135,7 +143,7 @@ def test_a_model_is_recognised_and_computes_the_same(case: Case) -> None:
         with pytest.raises(CaptureError):
             bc.optimize(model, args, kwargs)
         return
-    compiled = bc.optimize(model, args, kwargs)
+    compiled = bc.optimize(model, args, kwargs, target=target_of(case))
     assert_found(case, model, compiled.report)
     assert_computes_the_same(case, model, compiled)
 
