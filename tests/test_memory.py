@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import bincompile as bc
 from bincompile.compiled import CompiledModel
 from bincompile.errors import WeightsGoneError
 from bincompile.ops import bits
+from bincompile.runtime import fresh
 from bincompile.runtime.executor import bind
 
 X = torch.linspace(-1, 1, 3 * 70).view(3, 70)
@@ -207,3 +209,39 @@ def test_compiled_bert_base_holds_a_twentieth_of_its_float_weights():
     size, held, resident = map(int, done.stdout.split()[-3:])
     assert held * 20 <= size, (held, size)
     assert resident * 4 <= size, (resident, size)
+
+
+def test_large_results_are_in_memory_that_nothing_holds_any_more() -> None:
+    fresh._free.clear()
+    size = (1024, 2048)
+    first = fresh.fresh(size, torch.float32).fill_(1)
+    assert first._base is None and first.is_contiguous() and first.shape == size
+    place, part = first.data_ptr(), first[3]
+    other = fresh.fresh(size, torch.float32).fill_(2)
+    del first  # a view of it lives
+    assert fresh.fresh(size, torch.float32).data_ptr() not in (place, other.data_ptr())
+    assert bool((part == 1).all())
+    array = part.numpy()
+    del part
+    fresh.fresh(size, torch.float32).fill_(3)
+    assert (array == 1).all()
+    del array
+    assert place in {fresh.fresh(size, torch.float32).data_ptr(), *(
+        block.data_ptr() for block in fresh._free)}
+    many = [fresh.fresh((1024, 2048 + 512 * place), torch.float32) for place in range(9)]
+    del many
+    assert len(fresh._free) <= fresh.KEPT_BLOCKS
+    assert sum(block.numel() for block in fresh._free) <= fresh.KEPT_BYTES
+
+
+def test_threads_never_share_a_large_result() -> None:
+    def write(number: int) -> bool:
+        held = []
+        for _ in range(60):
+            held = [*held[-1:], fresh.fresh((1024, 1536), torch.float32).fill_(number)]
+            if not all(bool((result == number).all()) for result in held):
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(write, range(4)))

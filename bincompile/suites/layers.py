@@ -19,7 +19,7 @@ BEST = "best peer"
 # What attention is made of, and the numbers of tokens.
 FORMS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "float attention": ({"attention": "float"}, (128,)),
-    "binary attention": ({"attention": "binary", "probabilities": "int8", "values": "binary"},
+    "binary attention": ({"attention": "binary", "probabilities": "uint8", "values": "binary"},
                          (128, 512))}
 
 
