@@ -12,8 +12,7 @@ import torch
 
 from bincompile.ops import bits
 from bincompile.runtime.bound import Bound, Size
-from bincompile.runtime.kernels import Call, host_reason
-from bincompile.runtime.panels import INPUTS
+from bincompile.runtime.kernels import Call
 from bincompile.runtime.schedules import w1a8_dot, w1a8_linear
 from bincompile.runtime.schedules.common import LANE, PANEL, VECTORS, WORD, ceil_div
 
@@ -84,21 +83,6 @@ def _words(weight: torch.Tensor, count: int, features: int, outputs: int, shape:
         wide = codes - ((codes >> 31) << 32) if dtype is torch.int32 else codes
         found[:, start:end] = wide.to(dtype).transpose(0, 1)
     return found
-
-
-def chosen_reason(call: Call) -> str | None:
-    """Why the compiled kernels can't run this call, if they can't."""
-    unknown = next((name for name in call.operator.arguments
-                    if name != "x" and not call.is_stored(name)), None)
-    if unknown:
-        return f"the {unknown} is known only at run time"
-    if call.is_stored("x"):
-        return "the input is a stored tensor"
-    if call.value("x").dtype not in INPUTS:
-        return f"an input of {call.value('x').dtype}"
-    if 0 in (call.value("in_features"), call.value("weight").shape[0]):
-        return "a layer without inputs or outputs"
-    return host_reason(call)
 
 
 def scales_of(call: Call) -> torch.Tensor:

@@ -14,13 +14,12 @@ from bincompile.runtime.kernels import Call, host_reason
 from bincompile.runtime.schedules.common import LANE, PANEL, VECTORS, WORD, ceil_div
 
 INPUTS = (torch.float32, torch.float16, torch.bfloat16)
-_STORED = ("weight", "weight_scale", "bias", "in_features", "activation", "activation_scale",
-           "shift")
 
 
 def linear_reason(call: Call) -> str | None:
     """Why the compiled linear kernels can't run this call, if they can't."""
-    unknown = next((name for name in _STORED if not call.is_stored(name)), None)
+    unknown = next((name for name in call.operator.arguments
+                    if name != "x" and not call.is_stored(name)), None)
     if unknown:
         return f"the {unknown} is known only at run time"
     if call.is_stored("x"):

@@ -89,6 +89,6 @@ binary_bases_linear = Operator(
     samples=_samples,
     bad_samples=_bad_samples,
     signs_of=shifted_input,
-    tolerance=Tolerance(rtol=1e-5, atol=5e-5),  # of up to four times as many products
+    tolerance=Tolerance(rtol=1e-5, atol=bases.MOST * 1e-5),  # each base as binary_linear's one
     source="binary bases of arXiv:1802.00150; int8: bincompile.ops.int8",
 )

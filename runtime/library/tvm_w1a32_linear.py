@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from bincompile.runtime.bound import Bound
-from bincompile.runtime.chosen_sums import bound, chosen_reason, pack_words, scales_of
+from bincompile.runtime.chosen_sums import bound, pack_words, scales_of
 from bincompile.runtime.kernels import Call, Kernel
-from bincompile.runtime.panels import fold_signs, pad
+from bincompile.runtime.panels import fold_signs, linear_reason, pad
 from bincompile.runtime.schedules import w1a32_linear
 from bincompile.runtime.schedules.common import PANEL, WORD, ceil_div
 from bincompile.runtime.tvm import Recipe, load, obstacle
@@ -28,7 +28,7 @@ def _supports(call: Call) -> str | None:
         return "the activations are not float"
     if call.target.isa not in TABLES:
         return f"it needs one of {', '.join(TABLES)}; the target is {call.target}"
-    return chosen_reason(call) or obstacle(_recipe(call), call.target)
+    return linear_reason(call) or obstacle(_recipe(call), call.target)
 
 
 def _bind(call: Call) -> Bound:

@@ -10,13 +10,12 @@ import torch
 from bincompile.runtime.bound import Bound
 from bincompile.runtime.chosen_sums import (
     bound,
-    chosen_reason,
     pack_bytes,
     pack_fives,
     scales_of,
 )
 from bincompile.runtime.kernels import Call, Kernel
-from bincompile.runtime.panels import pad
+from bincompile.runtime.panels import linear_reason, pad
 from bincompile.runtime.schedules import w1a8_dot, w1a8_linear
 from bincompile.runtime.schedules.common import WORD
 from bincompile.runtime.tvm import Recipe, load, obstacle
@@ -53,7 +52,7 @@ def _supports(call: Call) -> str | None:
         return "the activations are not int8"
     if call.target.isa not in FORMS:
         return f"it needs one of {', '.join(FORMS)}; the target is {call.target}"
-    return chosen_reason(call) or obstacle(_recipe(call), call.target)
+    return linear_reason(call) or obstacle(_recipe(call), call.target)
 
 
 def _bind(call: Call) -> Bound:

@@ -5,6 +5,7 @@ A base is a matrix of 1-bit weights with a scale for each output; a layer adds s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from bincompile.runtime.schedules.common import LANE, WORD, ceil_div, span
@@ -49,6 +50,16 @@ def declare(T: Any, name: str, features: int, outputs: int, bias: bool, shift: b
         argument("bias", (padded,)) if bias else None,
         argument("shift", (ceil_div(features, WORD) * WORD,)) if shift else None,
         argument("out", (rows, outputs), align=4))
+
+
+def tiles(T: Any, rows: Any, first: Any, block: int, height: int,
+          emit: Callable[[Any, int], None]) -> None:
+    """`emit(row, height)` for the tiles of a block of rows; what is left over goes row by row."""
+    count = T.min(T.int64(block), rows - first)
+    with T.serial(0, T.floordiv(count, height)) as step:
+        emit(first + step * height, height)
+    with T.serial(0, T.floormod(count, height)) as step:
+        emit(first + T.floordiv(count, height) * height + step, 1)
 
 
 def store_outputs(T: Any, layer: Layer, row: Any, column: Any, values: Any,

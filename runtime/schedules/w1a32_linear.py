@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from bincompile.runtime.schedules.common import LANE, MODES, PANEL, VECTORS, WORD, ceil_div, span
-from bincompile.runtime.schedules.layer import SLICES, Layer, declare, store_outputs
+from bincompile.runtime.schedules.layer import SLICES, Layer, declare, store_outputs, tiles
 
 BLOCK = 8  # rows of one block
 TILE = 4  # rows whose sums are added up together
@@ -141,12 +141,7 @@ def _function(T: Any, mode: str, features: int, outputs: int, bases: int, bias: 
 
         with T.attr(0, "pragma_import_llvm", helpers(table)), \
                 blocks_loop(0, ceil_div(layer.rows, BLOCK)) as block:
-            begin = block * BLOCK
-            count = T.min(T.int64(BLOCK), layer.rows - begin)
-            with T.serial(0, T.floordiv(count, TILE)) as step:
-                tile(begin + step * TILE, TILE)
-            with T.serial(0, T.floormod(count, TILE)) as step:
-                tile(begin + T.floordiv(count, TILE) * TILE + step, 1)
+            tiles(T, layer.rows, block * BLOCK, BLOCK, TILE, tile)
 
 
 def _tabulate(T: Any, layer: Layer, source: Any, sums: Any, row: int) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from bincompile.runtime.schedules.common import LANE, MODES, ceil_div, span
-from bincompile.runtime.schedules.layer import SLICES, Layer, declare, store_outputs
+from bincompile.runtime.schedules.layer import SLICES, Layer, declare, store_outputs, tiles
 from bincompile.runtime.schedules.quantised import Rows, quantise, scaled, text
 
 BLOCK = 8  # rows of one block
@@ -124,12 +124,7 @@ def _function(T: Any, mode: str, features: int, outputs: int, bases: int, bias: 
 
         with T.attr(0, "pragma_import_llvm", helpers() + text(features)), \
                 blocks_loop(0, ceil_div(layer.rows, BLOCK)) as block:
-            begin = block * BLOCK
-            count = T.min(T.int64(BLOCK), layer.rows - begin)
-            with T.serial(0, T.floordiv(count, TILE)) as step:
-                tile(begin + step * TILE, TILE)
-            with T.serial(0, T.floormod(count, TILE)) as step:
-                tile(begin + T.floordiv(count, TILE) * TILE + step, 1)
+            tiles(T, layer.rows, block * BLOCK, BLOCK, TILE, tile)
 
 
 def _tabulate(T: Any, layer: Layer, rows: Rows, tables: Any) -> None:
