@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,9 @@ PRECISIONS = ("w1a1", "w1a8", "w1a32")
 PLANNED_PRECISIONS = ("auto",)
 BASES = (1, 2, 3, 4)
 KINDS = ("float", "binary")  # of attention, and of its values
+SEMANTICS = (None, "banded", "window")  # of a streaming form
+POSITIONS = (None, "recycle")
+OUTPUTS = ("last", "all")
 VIOLATIONS = ("fallback", "raise", "warn")
 
 
@@ -119,7 +122,23 @@ class Guard:
 
 @dataclasses.dataclass(frozen=True)
 class Continual:
-    """A streaming form: `window` tokens of memory along `time_dim`.
+    """A streaming form: the model takes one token a step and remembers what later steps need.
+
+    Args:
+        window: tokens that each attention sees, the newest among them; None: what the model's own
+            mask allows, or else all since the stream began.
+        semantics: what the steps equal. "banded": the model on the whole sequence, each attention
+            within its window. "window": the model on the last `window` tokens. None: "banded" for
+            causal models, "window" for others.
+        time_dim: the axis of time, of every input that has as many tokens as the first; or the
+            axis of each input that is a stream, by name: the others do not change with time.
+        positions: "recycle": positions of stored tables begin anew after the last, a change of
+            the model; None: a stream ends with its table.
+        outputs: "last": the newest token's; "all": those of all tokens in the window.
+        partial_window: with window semantics, answer from the first token on, within what was
+            seen so far.
+
+    Source: Continual Inference (arXiv:2201.06268, arXiv:2204.03418).
 
     Example:
         >>> Continual.of(16).window
@@ -127,7 +146,30 @@ class Continual:
     """
 
     window: int | None = None
-    time_dim: int = 1
+    semantics: str | None = None
+    time_dim: int | Mapping[str, int] = 1
+    positions: str | None = None
+    outputs: str = "last"
+    partial_window: bool = False
+
+    def __post_init__(self) -> None:
+        whole = type(self.window) is int and self.window > 0
+        if self.window is not None and not whole:
+            raise ConfigError(f"Continual(window={self.window!r})", "a number of tokens, or None",
+                              "Continual(window=)")
+        for name, allowed in (("semantics", SEMANTICS), ("positions", POSITIONS),
+                              ("outputs", OUTPUTS), ("partial_window", (False, True))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"Continual({name}={getattr(self, name)!r})",
+                                  " or ".join(map(repr, allowed)), f"Continual({name}=)")
+        axes = self.time_dim.values() if isinstance(self.time_dim, Mapping) else (self.time_dim,)
+        if not axes or any(type(axis) is not int for axis in axes):
+            raise ConfigError(f"Continual(time_dim={self.time_dim!r})",
+                              "an axis, or a dict from names of inputs to axes",
+                              "Continual(time_dim=)")
+        if self.semantics == "window" and self.window is None:
+            raise ConfigError("Continual(semantics='window') without a window",
+                              "a number of tokens", "Continual(window=)")
 
     @classmethod
     def of(cls, value: Continual | int | None) -> Continual | None:

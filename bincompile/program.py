@@ -25,8 +25,8 @@ _LIBRARIES = (os.path.join(os.path.dirname(torch.__file__), ""),
               *(os.path.join(folder, part, "") for folder in bincompile.__path__
                 for part in ("nn", "passes")))
 
-LEVELS = ("captured", "normal", "matched", "validated", "canonical", "packed", "binary", "fused",
-          "lowered")
+LEVELS = ("captured", "normal", "matched", "validated", "canonical", "packed", "binary", "steps",
+          "fused", "lowered")
 
 
 @dataclasses.dataclass(frozen=True)

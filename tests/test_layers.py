@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("bincompile", "passes", "runtime", "models")
 NOUNS, RUNTIME, PASSES, FACE = range(4)  # a layer imports itself and what stands to its left
 NOUN_MODULES = ("body", "conditions", "errors", "config", "op", "quick", "record", "signature",
-                "stages", "structure", "program", "ops", "views")
+                "stages", "steps", "structure", "program", "ops", "views")
 TVM_MODULES = ("bincompile.runtime.tvm", "bincompile.runtime.schedules")
 FILE_LINES, FUNCTION_LINES = 400, 40
 
