@@ -47,6 +47,7 @@ class State:
         fill: what a new row holds.
         grows: the axis of `shape` that holds one slot for each token since the row began and
             grows with them; None where the size is fixed.
+        block: how many of those slots one index of that axis holds.
         prepared: for what follows from inputs that do not change with time, which output of the
             `prepare` program it is; no step writes it.
         path: module path of the layer that it belongs to.
@@ -57,6 +58,7 @@ class State:
     dtype: torch.dtype
     fill: float = 0.0
     grows: int | None = None
+    block: int = 1
     prepared: int | None = None
     path: str = ""
 
