@@ -7,10 +7,13 @@ autograd, the tests, the kernel registry's calls and the table in the documentat
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+
+from bincompile.errors import InputError
 
 _LIBRARY = torch.library.Library("bincompile", "FRAGMENT")
 
@@ -45,9 +48,12 @@ class Sample:
 class Operator:
     """An operator of `torch.ops.bincompile`.
 
+    One that writes to its arguments, as the schema says, has no gradient: to ask for one is an
+    error when it is computed.
+
     Args:
         name: its name.
-        schema: arguments and results, as torch.library spells them.
+        schema: arguments and results, as torch.library spells them; `Tensor(a!)` is written to.
         reference: the specification, in plain torch; runs on any device and float dtype.
         shape: the same for shapes and dtypes only (the fake kernel).
         check: raises `InputError` or `InputTypeError` for arguments that are not allowed.
@@ -91,6 +97,8 @@ class Operator:
             setup, backward = self.backward
             torch.library.register_autograd(
                 f"bincompile::{self.name}", backward, setup_context=setup, lib=_LIBRARY)
+        elif self.mutated:
+            _LIBRARY.impl(self.name, functools.partial(_without_gradient, self), "Autograd")
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -102,8 +110,53 @@ class Operator:
         """The names of its arguments, in order."""
         return tuple(a.name for a in self.overload._schema.arguments)
 
+    @property
+    def mutated(self) -> tuple[str, ...]:
+        """The names of the arguments that it writes to."""
+        return tuple(a.name for a in self.overload._schema.arguments
+                     if a.alias_info is not None and a.alias_info.is_write)
+
+    def isolated(self, bound: Mapping[str, Any]) -> dict[str, Any]:
+        """The same arguments by name, but copies of those that it writes to, of equal strides."""
+        return {**bound, **{name: _copied(bound[name]) for name in self.mutated}}
+
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Every argument by name, defaults filled in."""
         bound = {a.name: a.default_value for a in self.overload._schema.arguments}
         bound.update(zip(self.arguments, args, strict=False), **kwargs)
         return bound
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    storage = tensor.detach().untyped_storage().clone()
+    return tensor.new_empty(0).set_(storage, tensor.storage_offset(), tensor.shape,
+                                    tensor.stride())
+
+
+class _Refused(torch.autograd.Function):
+    """The results of an operator that has no gradient, of arguments that ask for one."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: torch.Tensor) -> Any:
+        ctx.name = name
+        results = tuple(t.view_as(t) for t in tensors[:count])
+        return results if count > 1 else results[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise InputError(f"a gradient through {ctx.name}, which writes to its state",
+                         "steps of a stream that no gradient is asked of",
+                         "run the step under torch.no_grad(), or train the whole sequence")
+
+
+def _without_gradient(operator: Operator, *args: Any, **kwargs: Any) -> Any:
+    given = operator.bind(args, kwargs)
+    asking = [v for v in given.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+    plain = {name: v.detach() if isinstance(v, torch.Tensor) and v.requires_grad else v
+             for name, v in given.items()}
+    with torch._C._AutoDispatchBelowAutograd():
+        results = operator.overload(**plain)
+    if not asking or not torch.is_grad_enabled():
+        return results
+    several = results if isinstance(results, tuple | list) else (results,)
+    return _Refused.apply(operator.name, len(several), *several, *asking)

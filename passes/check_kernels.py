@@ -38,14 +38,19 @@ def check_kernels(program: Program, executable: Executable, flat: Sequence[Any],
     """
     class Compare(fx.Interpreter):
         def run_node(self, node: fx.Node) -> Any:
-            expected = super().run_node(node)
             if node.name not in executable.bound:
-                return expected
+                return super().run_node(node)
             call = executable.calls[node.name]
             args, kwargs = self.fetch_args_kwargs_from_env(node)
             values = call.operator.bind(args, kwargs)
-            found = executable.bound[node.name](*call.run_time(values))
-            _check_kernel(node.name, call.operator, values, expected, found)
+            before, apart = call.operator.isolated(values), call.operator.isolated(values)
+            given = (values, apart) if on == "reference" else (apart, values)
+            expected = call.operator.overload(**given[0])
+            found = executable.bound[node.name](*call.run_time(given[1]))
+            _check_kernel(node.name, call.operator, before, expected, found)
+            for name in call.operator.mutated:
+                _check_kernel(f"{node.name}, in what it writes to {name},", call.operator, before,
+                              given[0][name], given[1][name])
             return expected if on == "reference" else found
 
     with torch.no_grad():

@@ -64,10 +64,11 @@ def compiled_kernels() -> list[Any]:
 
 
 def run(kernel: Kernel, call: Call) -> list[torch.Tensor]:
-    """What the kernel gives for the values that the call was made with."""
-    values = {name: call.value(name) for name in call.operator.arguments}
+    """What the kernel gives for the values that the call was made with, and writes to them."""
+    values = call.operator.isolated({name: call.value(name) for name in call.operator.arguments})
     result = kernel.bind(call)(*call.run_time(values))
-    return list(result) if isinstance(result, tuple | list) else [result]
+    return [*(result if isinstance(result, tuple | list) else (result,)),
+            *(values[name] for name in call.operator.mutated)]
 
 
 def sure_rows(call: Call) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from bases_formulas import binary_bases_linear, fit_bases, int8_rows
+from stream_formulas import STREAM
 from torch.utils import _pytree as pytree
 
 from bincompile.errors import BincompileError
@@ -34,6 +35,14 @@ def flat(result: Any) -> tuple[torch.Tensor, ...]:
     return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
+def outcome(operator: Operator, function: Callable[..., Any],
+            given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    """What a function of all arguments gives, and what it has then written to them."""
+    given = operator.isolated(given)
+    results = flat(function(*given.values()))
+    return (*results, *(given[name] for name in operator.mutated))
+
+
 def wide(value: Any) -> Any:
     """A float tensor in float64, also within a list; anything else as it is."""
     if isinstance(value, list):
@@ -45,16 +54,17 @@ def wide(value: Any) -> Any:
 
 @pytest.mark.parametrize(("operator", "sample"), samples())
 def test_opcheck_passes(operator: Operator, sample: Sample) -> None:
-    results = flat(operator.overload(*sample.args, **sample.kwargs))
+    given = operator.isolated(operator.bind(sample.args, sample.kwargs))
+    results = flat(operator.overload(**given))
     has_nan = any(r.isnan().any() for r in results)  # opcheck compares without equal_nan
     checks = ("test_schema", "test_faketensor") if has_nan else CHECKS
-    torch.library.opcheck(operator.overload, sample.args, sample.kwargs, test_utils=checks)
+    torch.library.opcheck(operator.overload, tuple(given.values()), test_utils=checks)
 
 
 @pytest.mark.parametrize(("operator", "sample"), samples())
 def test_the_fake_kernel_gives_the_shapes_of_the_reference(
         operator: Operator, sample: Sample) -> None:
-    given = operator.bind(sample.args, sample.kwargs).values()
+    given = operator.isolated(operator.bind(sample.args, sample.kwargs)).values()
     meta = [pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), v) for v in given]
     found, expected = flat(operator.shape(*meta)), flat(operator.reference(*given))
     assert ([(f.shape, f.dtype) for f in found] == [(e.shape, e.dtype) for e in expected])
@@ -272,7 +282,7 @@ def fused_rows(inputs, body):
 FORMULAS = {f.__name__: f for f in (
     attention, binary_attention, binary_embedding, binary_embedding_bag, binary_linear, embedding,
     embedding_bag, fake_binary_linear, fake_binary_rows, fake_bitorch_linear, fake_signs,
-    fused_rows, pack_bases, pack_signs, binary_bases_linear, fit_bases)}
+    fused_rows, pack_bases, pack_signs, binary_bases_linear, fit_bases)} | STREAM
 
 
 def test_every_operator_has_an_independent_formula() -> None:
@@ -283,8 +293,9 @@ def test_every_operator_has_an_independent_formula() -> None:
 def test_the_reference_agrees_with_an_independent_float64_formula(
         operator: Operator, sample: Sample) -> None:
     given = operator.bind(sample.args, sample.kwargs)
-    expected = flat(FORMULAS[operator.name](*map(wide, given.values())))
-    found = flat(operator.overload(*sample.args, **sample.kwargs))
+    expected = outcome(operator, FORMULAS[operator.name],
+                       {name: wide(value) for name, value in given.items()})
+    found = outcome(operator, operator.overload, given)
     loose = found[0].dtype in (torch.float16, torch.bfloat16) and operator.name != "embedding"
     limits = {"rtol": 2e-2, "atol": 2e-2} if loose else {"rtol": 2e-5, "atol": 2e-5}
     for f, e in zip(found, expected, strict=False):
