@@ -3,4 +3,4 @@
 if __name__ != "bincompile.models":
     raise ImportError(f"import bincompile.models, not {__name__}")
 
-NAMES = ("digits", "minilm", "bert")
+NAMES = ("digits", "minilm", "bert", "audio_stream", "action_stream")

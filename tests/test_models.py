@@ -48,7 +48,7 @@ def test_every_model_gives_the_same_three_functions(name: str) -> None:
         built(*args, **kwargs)
     figures = module.evaluate(built)
     assert figures and all(isinstance(value, float) for value in figures.values())
-    if name != "digits":
+    if name not in ("digits", "audio_stream"):  # these say how often they are right
         assert min(figures.values()) > 1 - 1e-6
     assert torch.equal(torch.random.get_rng_state(), state)
 
@@ -71,7 +71,7 @@ def test_digits_accuracy(model: nn.Module) -> None:
 
 
 def test_digits_is_small() -> None:
-    weights = [path for path in SHIPPED if path.suffix == ".safetensors"]
+    weights = [path for path in SHIPPED if path.match("digits*.safetensors")]
     assert len(weights) == 2 and sum(path.stat().st_size for path in weights) < 1_000_000
     assert digits.IMAGES.stat().st_size < 50_000
     source = digits.IMAGES.with_suffix(".txt").read_text()
