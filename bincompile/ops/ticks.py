@@ -131,3 +131,27 @@ def bad_clock_samples(*before: Any, middle: tuple[Any, ...] = ()) -> Iterator[Sa
     """Bad samples of an operator `(*before, rows, clock, *middle, rate, delay)`."""
     for rows, clock, timing, error in bad_clocks():
         yield Sample((*before, rows, clock, *middle), dict(timing), error=error)
+
+
+def check_latest(name: str, state: torch.Tensor, clock: Clock, token: tuple[int, ...],
+                 dtype: torch.dtype | None = None) -> None:
+    """Raise unless a state has two slots a row, each of this shape, for the last value and the new.
+
+    Args:
+        name: of the argument.
+        state: (N, 2, *token).
+        clock: (N,).
+        token: the shape of a value.
+        dtype: its dtype, where that is fixed.
+    """
+    check_state(name, state, clock, (2, *token), dtype)
+
+
+def latest(state: torch.Tensor, rows: Rows, index: torch.Tensor) -> torch.Tensor:
+    """The value of the index before; anything where there is none."""
+    return state[rows, (index - 1) % 2]
+
+
+def keep(state: torch.Tensor, rows: Rows, index: torch.Tensor, value: torch.Tensor) -> None:
+    """Remember the value of an index, beside that of the one before."""
+    state[rows, index % 2] = value.to(state.dtype)
