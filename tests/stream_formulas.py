@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from stream_attention_formulas import ATTENTIONS
 from stream_layer_formulas import LAYERS
 
-STREAM: dict[str, Callable[..., Any]] = LAYERS | {}
+STREAM: dict[str, Callable[..., Any]] = LAYERS | ATTENTIONS
