@@ -15,6 +15,7 @@ from bincompile.runtime.schedules.rows_body import POWERS, TRUTHS, Input
 # The role of each argument that is not a value of rows: operation -> role by place.
 ROLES: Mapping[str, Mapping[int, str]] = {
     "binary_linear": {1: "panels", 2: "padded", 3: "padded", 6: "columns", 7: "columns"},
+    "linear": {1: "weights"},
     "embedding": {0: "table", 1: "indices"},
     "binary_embedding": {0: "indices", 1: "bits", 2: "scales"},
 }
@@ -132,6 +133,8 @@ def _input(name: str, value: Any, role: str, own: Lead, lead: Lead) -> Input:
         if sizes[0] in (0, None):
             raise Unsuitable(f"{name}, a table of {value.shape[0]} rows")
         sizes[0] = None
+    if role == "weights" and (len(sizes) != 2 or None in sizes or 0 in sizes):
+        raise Unsuitable(f"{name}, a weight of shape {tuple(value.shape)}")
     if None in sizes[-1:] and role in ("rows", "period", "columns", "table", "bits"):
         raise Unsuitable(f"{name} has a last axis of a size that is known only at run time")
     if 0 in sizes[-1:]:
@@ -220,6 +223,8 @@ def _shape_reasons(statement: Statement, values: Sequence[Any]) -> Iterator[str]
             yield f"a scale of shape {size(2)}, a bias of shape {size(3)}"
         if size(6) not in (None, (), (1,)) or size(7) not in (None, (features,)):
             yield f"an activation scale of shape {size(6)}, a shift of shape {size(7)}"
+    if statement.op == "linear" and statement.args[0].is_input and len(size(0) or ()) < 2:
+        yield f"an input of shape {size(0)}"
     if statement.op == "binary_embedding":
         scale, width = size(2) or (), bits.packed_width(statement.args[3])
         bases = 1 if len(scale) == 1 else scale[1]

@@ -99,7 +99,8 @@ def test_no_row_depends_on_another(name: str) -> None:
         args.append(made)
     whole = op.reference(*args)
     for row in range(4):
-        alone = op.reference(*(a[row:row + 1] if isinstance(a, torch.Tensor) else a for a in args))
+        alone = op.reference(*(a[row:row + 1] if isinstance(a, torch.Tensor) and not (
+            place and op.form == "linear") else a for place, a in enumerate(args)))
         torch.testing.assert_close(whole[row:row + 1], alone, rtol=1e-6, atol=1e-6)
 
 

@@ -272,6 +272,8 @@ def fused_rows(inputs, body):
         "relu": lambda x: torch.where(x.isnan() | (x > 0), x, 0.0), "layer_norm": norm,
         "rms_norm": lambda x, w, eps: x / ((x ** 2).mean(-1, keepdim=True) + eps) ** 0.5 * w,
         "clamp": lambda x, low, high: torch.where(x < low, low, x), "where": torch.where,
+        "linear": lambda x, w, b: (x.unsqueeze(-2) * w).sum(-1) + (0 if b is None else b),
+        "mean": lambda x: x.sum(-1, keepdim=True) / x.shape[-1],
         "embedding": embedding, "binary_embedding": binary_embedding,
         "binary_linear": binary_linear} | {f"x{i}": x for i, x in enumerate(inputs)}
     *lines, last = body.splitlines()

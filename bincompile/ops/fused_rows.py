@@ -84,6 +84,15 @@ t2 = binary_embedding(x1, x3, x4, {0})
 t3 = sub(t1, t2)
 t4 = rms_norm(t3, x5, 1e-06)
 return t3, t4"""
+_FLOATS = """t0 = layer_norm(x0, x1, x3, 1e-05)
+t1 = linear(t0, x2, x3)
+t2 = gelu(t1, 'none')
+t3 = linear(t2, x4, None)
+t4 = add(t3, x0)
+t5 = linear(x0, x4, x5)
+t6 = mul(t4, t5)
+t7 = mean(t6)
+return t1, t4, t7"""
 _GATE = """t0 = silu(x0)
 t1 = mul(t0, x1)
 t2 = amax(t1)
@@ -117,6 +126,10 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(([normal(9, columns), torch.randint(9, lead, generator=generator), position,
                        table, scale, normal(columns)], _LOOK_UP.format(columns)),
                      stored=(0, 3, 4, 5))
+    for lead, columns in (((1,), 33), ((2, 3), 16), ((19,), 70), ((0, 2), 5), ((3,), 1)):
+        inputs = [normal(*lead, columns), normal(columns), normal(columns, columns) / columns**0.5,
+                  normal(columns), normal(columns, columns) / columns**0.5, normal(columns)]
+        yield Sample((inputs, _FLOATS), stored=(1, 2, 3, 4, 5))
     x, gate = normal(3, 5, 20), normal(3, 5, 20)
     yield Sample(([x, gate, torch.tensor(0.05)], _GATE), stored=(2,))
     yield Sample(([x.double(), gate.double(), torch.tensor(0.05).double()], _GATE), stored=(2,))

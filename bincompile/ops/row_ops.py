@@ -116,6 +116,7 @@ def _of_rows() -> Iterator[RowOp]:
 def _of_ours() -> Iterator[RowOp]:
     linear = ("tensor", "tensor", "tensor", "optional", "count", "text", "optional", "optional")
     yield RowOp("binary_linear", linear, _called(binary_linear.name), "linear", _signs)
+    yield RowOp("linear", ("tensor", "tensor", "optional"), functional.linear, "linear")
     yield RowOp("embedding", ("tensor", "tensor"), _called(embedding.name), "look-up")
     yield RowOp("binary_embedding", ("tensor", "tensor", "tensor", "count"),
                 _called(binary_embedding.name), "look-up")

@@ -14,6 +14,7 @@ from bincompile.runtime.bound import Bound, Size
 from bincompile.runtime.kernels import Call, Dynamic, Kernel, host_reason, parts_of
 from bincompile.runtime.panels import pad, shared_panels
 from bincompile.runtime.row_inputs import Unsuitable, inputs_of
+from bincompile.runtime.schedules import rows_loops
 from bincompile.runtime.schedules.rows_body import Input, steps_of
 from bincompile.runtime.tvm import Recipe, load, obstacle
 
@@ -21,7 +22,8 @@ from bincompile.runtime.tvm import Recipe, load, obstacle
 # where the weights, read once for each block, are too many for the second-level cache.
 BLOCK, FEW, CACHE = 32, 16, 1 << 20
 WORTH_THREADS = 20_000  # nanoseconds of work, below which a second thread costs more than it brings
-PRODUCTS, NUMBERS = 1000, 20  # that one core does in a nanosecond: about what decides on threads
+# What one core does in a nanosecond: about what decides on threads.
+SIGNS, PRODUCTS, NUMBERS = 1000, 20, 20
 
 
 def _known(call: Call) -> tuple[Body, tuple[Input, ...], int]:
@@ -39,7 +41,15 @@ def _known(call: Call) -> tuple[Body, tuple[Input, ...], int]:
 def _recipe(call: Call) -> Recipe:
     body, inputs, rank = _known(call)
     return Recipe("rows", {
-        "body": str(body), "inputs": tuple(map(tuple, inputs)), "rank": rank, "block": BLOCK})
+        "body": str(body), "inputs": tuple(map(tuple, inputs)), "rank": rank, "block": BLOCK,
+        "modes": _modes(inputs)})
+
+
+def _modes(inputs: tuple[Input, ...]) -> tuple[str, ...]:
+    """The functions to compile: threads share the outputs of large float weights."""
+    large = any(given.role == "weights" and math.prod(size or 0 for size in given.shape)
+                >= rows_loops.WORTH_THREADS for given in inputs)
+    return ("serial", "rows", "panels") if large else ("serial", "rows")
 
 
 def _supports(call: Call) -> str | None:
@@ -68,9 +78,10 @@ def _cost(recipe: Recipe) -> float:
     """About how many nanoseconds one row takes."""
     steps, _, widths = steps_of(
         recipe.parameters["body"], tuple(Input(*given) for given in recipe.parameters["inputs"]))
-    products = sum(step.width * step.args[-1] for step in steps if step.op == "linear")
+    signs, products = (sum(step.width * step.args[-1] for step in steps if step.op == op)
+                       for op in ("linear", "product"))
     numbers = sum(widths[name] for step in steps for name in (step.target, *step.reads[:1]))
-    return products / PRODUCTS + numbers / NUMBERS
+    return signs / SIGNS + products / PRODUCTS + numbers / NUMBERS
 
 
 def _shape_of(body: Body, inputs: tuple[Input, ...], places: list[int],
@@ -95,6 +106,7 @@ def _bind(call: Call) -> Bound:
     recipe, parts = _recipe(call), parts_of(call.arguments["inputs"])
     module = load(recipe, call.target)
     serial, parallel = module["serial"], module["rows"]
+    shared = module["panels"] if "panels" in recipe.parameters["modes"] else serial
     template = [None if isinstance(part, Dynamic) else from_dlpack(_stored(part, given))
                 for part, given in zip(parts, inputs, strict=True)]
     places = [place for place, part in enumerate(parts) if isinstance(part, Dynamic)]
@@ -114,7 +126,9 @@ def _bind(call: Call) -> Bound:
         if not rows:
             return
         threads = torch.get_num_threads() if rows > few else 1
-        if threads == 1:
+        if threads > 1 and rows <= FEW and shared is not serial:
+            bad = shared(most, *arguments, *values[len(places):])
+        elif threads == 1:
             bad = serial(most, *arguments, *values[len(places):])
         else:
             block = -(-rows // (2 * threads))

@@ -63,7 +63,8 @@ def _function(T: Any, mode: str, inputs: tuple[Input, ...], steps: list[Step], m
                 count = T.bind(T.min(arguments.step, arguments.rows - first))
                 scratch = allocate(T, made, sizes[1])
                 program = Program(T, made, inputs, widths, arguments, scratch,
-                                  {step.target: step for step in steps}, first, bad, panels)
+                                  {step.target: step for step in steps}, first, bad, panels,
+                                  sizes[1])
                 _block(program, count)
             T.Return(bad[0])
 

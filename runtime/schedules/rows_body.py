@@ -14,6 +14,7 @@ COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 TRUTHS = (*COMPARISONS, "logical_and", "logical_or", "logical_not")
 REDUCTIONS = ("sum", "mean", "amax", "amin", "row_scale")
 LOOK_UPS = ("embedding", "binary_embedding")
+PRODUCTS = ("linear", "product")  # with signs, with numbers
 SINKS = (*REDUCTIONS, "pack")  # what they give is there only when the row is at its end
 
 
@@ -42,8 +43,8 @@ class Input(NamedTuple):
         role: "rows" and "period" (rows of numbers, the latter repeating), "indices" and
             "index_period" (one integer a row), "columns" (one number a column, or one in all),
             "panels" (a weight (outputs, inputs), packed), "padded" (columns, and zeros behind
-            them), "table" (rows of numbers), "bits" (rows of packed signs), "scales" (numbers
-            for each row of bits).
+            them), "weights" (numbers (outputs, inputs)), "table" (rows of numbers), "bits" (rows
+            of packed signs), "scales" (numbers for each row of bits).
         shape: its sizes; None where only the run tells.
         dtype: that of its elements.
     """
@@ -55,7 +56,8 @@ class Input(NamedTuple):
     @property
     def width(self) -> int:
         """Numbers in a row of it, or of what a packed weight gives."""
-        size = self.shape[0 if self.role == "panels" else -1] if self.shape else 1
+        outputs = self.role in ("panels", "weights")
+        size = self.shape[0 if outputs else -1] if self.shape else 1
         return 1 if size is None or self.role in ("indices", "index_period") else size
 
 
@@ -166,6 +168,15 @@ def _linear(target: Name, op: str, args: tuple[Any, ...],
                widths[weight])
 
 
+def _product(target: Name, op: str, args: tuple[Any, ...],
+             widths: Mapping[Name, int]) -> Iterator[Step]:
+    x, weight, bias = args
+    made = target if bias is None else Name(f"{target}_product")
+    yield Step(made, "product", (x, weight, widths[x]), widths[weight])
+    if bias is not None:
+        yield Step(target, "add", (made, bias), widths[weight])
+
+
 def _look_up(target: Name, op: str, args: tuple[Any, ...],
              widths: Mapping[Name, int]) -> Iterator[Step]:
     yield Step(target, op, args, widths[args[0]] if op == "embedding" else args[3])
@@ -191,6 +202,6 @@ def _names(target: Name) -> Any:
 POWERS: Mapping[float, str] = {0: "one", 1: "copy", 2: "square", 3: "cube", 0.5: "sqrt",
                                -0.5: "rsqrt", -1: "reciprocal", -2: "inverse_square"}
 _EXPAND = {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "softmax": _softmax,
-           "binary_linear": _linear, "embedding": _look_up, "binary_embedding": _look_up,
-           "pow": _power, "gelu": _gelu,
+           "binary_linear": _linear, "linear": _product, "embedding": _look_up,
+           "binary_embedding": _look_up, "pow": _power, "gelu": _gelu,
            **{name: _reduction for name in REDUCTIONS}}

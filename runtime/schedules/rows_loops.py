@@ -10,9 +10,12 @@ from bincompile.runtime.schedules.common import LANE, PANEL, VECTORS, ceil_div, 
 from bincompile.runtime.schedules.rows_body import REDUCTIONS, Name, Step
 from bincompile.runtime.schedules.rows_emit import number
 from bincompile.runtime.schedules.rows_plan import Phase
+from bincompile.runtime.schedules.rows_product import products
 from bincompile.runtime.schedules.rows_vector import START, Program, Vector, run
 
 MINUS_TWO = -2.0
+# Numbers of a weight that are worth a second thread: half a megabyte, some microseconds.
+WORTH_THREADS = 1 << 17
 
 
 def columns(T: Any, width: int, together: int, emit: Callable[[list[Any], int], None]) -> None:
@@ -95,43 +98,79 @@ def _finish(program: Program, step: Step, sums: dict[Name, Any], row: Any, place
 
 
 def linear_phase(program: Program, phase: Phase, count: Any) -> None:
-    """The product of a block's bits with a packed weight, and the steps on what it gives."""
+    """The product of a block with a weight, and the steps on what it gives."""
     T, sums = program.T, program.scratch.sums
     if any(step.op in REDUCTIONS for step in phase.steps):
         with T.serial(0, count) as row:
             _start(program, phase, sums, row)
     whole, left = divmod(phase.width, PANEL)
-
-    def panel(place: Any, left: int) -> None:
-        with T.serial(0, count) as row:
-            _panel(program, phase, place, left, row)
-
+    panel = _panel if phase.linear.op == "product" else _panel_of_signs
     if whole:
-        with getattr(T, program.panels)(0, whole) as place:
-            panel(place, PANEL)
+        with getattr(T, program.panels if _splits(phase) else "serial")(0, whole) as place:
+            panel(program, phase, place, PANEL, count)
     if left:
-        panel(whole, left)
+        panel(program, phase, whole, left, count)
     if any(map(_has_end, phase.steps)):
         with T.serial(0, count) as row:
             _end(program, phase, sums, row, row)
 
 
-def _panel(program: Program, phase: Phase, panel: Any, left: int, row: Any) -> None:
-    """One panel of outputs for one row; `left` of its 64 columns are there."""
+def _splits(phase: Phase) -> bool:
+    """Whether threads may share the panels of a product: it is large, and adds nothing up."""
+    assert phase.linear is not None
+    work = phase.width * phase.linear.args[-1]
+    return phase.linear.op == "product" and work >= WORTH_THREADS and not any(
+        step.op in REDUCTIONS for step in phase.steps)
+
+
+def _panel(program: Program, phase: Phase, panel: Any, left: int, count: Any) -> None:
+    """One panel of outputs with a float weight; `left` of its 64 columns are there."""
+    T, step = program.T, phase.linear
+    assert step is not None
+    sums = products(program, step, panel, left, count)
+    with T.serial(0, count) as row:
+        def value(vector: Vector, column: Any) -> Any:
+            return _spread(T, sums[row, span(T, column)], step)
+
+        _follow(program, phase, (panel, left), row, value)
+
+
+def _panel_of_signs(program: Program, phase: Phase, panel: Any, left: int, count: Any) -> None:
+    """The same with a packed weight and the block's bits."""
     T, step = program.T, phase.linear
     assert step is not None
     bits, _, weight, _, _, features = step.args
-    differ = _products(T, row, program.scratch.bits[bits], program.arguments.inputs[weight],
-                       panel, _half(features))
+    with T.serial(0, count) as row:
+        differ = _products(T, row, program.scratch.bits[bits], program.arguments.inputs[weight],
+                           panel, _half(features))
+
+        def value(vector: Vector, column: Any) -> Any:
+            return _scaled(vector, differ[span(T, column)], step)
+
+        _follow(program, phase, (panel, left), row, value)
+
+
+def _follow(program: Program, phase: Phase, place: tuple[Any, int], row: Any,
+            value: Callable[[Vector, Any], Any]) -> None:
+    """The steps on one row of a panel; `value` gives what the product gave at some columns."""
+    (panel, left), step = place, phase.linear
+    assert step is not None
 
     def vectors(places: list[Any], left: int) -> None:
         side = [Vector(program, row, row, panel * PANEL + column, left, program.scratch.sums)
                 for column in places]
         for vector, column in zip(side, places, strict=True):
-            vector.give(step, _scaled(vector, differ[span(T, column)], step))
+            vector.give(step, value(vector, column))
         run(side, phase.steps)
 
-    columns(T, left, _together(phase), vectors)
+    columns(program.T, left, _together(phase), vectors)
+
+
+def _spread(T: Any, value: Any, step: Step) -> Any:
+    """A product as other steps read it: a row of one number is that number in all lanes."""
+    if step.width > 1:
+        return value
+    return T.call_extern(f"float32x{LANE}", "bincompile_splat", value)
 
 
 def _half(features: int) -> int:
@@ -176,6 +215,4 @@ def _scaled(vector: Vector, differ: Any, step: Step) -> Any:
     if bias is not None:
         rounded = T.call_extern(f"float32x{LANE}", "bincompile_rounded", value)
         value = rounded + vector.read(bias)
-    if step.width == 1:
-        value = T.call_extern(f"float32x{LANE}", "bincompile_splat", value)
-    return value
+    return _spread(T, value, step)

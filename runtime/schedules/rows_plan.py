@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
-from bincompile.runtime.schedules.rows_body import LOOK_UPS, SINKS, Name, Step
+from bincompile.runtime.schedules.rows_body import LOOK_UPS, PRODUCTS, SINKS, Name, Step
 
 
 @dataclasses.dataclass
@@ -71,7 +71,7 @@ def plan(steps: Sequence[Step], results: Sequence[Name], widths: Mapping[Name, i
     for step in steps:
         ready = max((made[name] + (name in sinks) for name in step.reads if name in made),
                     default=0)
-        if step.op == "linear":
+        if step.op in PRODUCTS:
             phases.append(Phase(step.width, [], step))
             made[step.target] = len(phases) - 1
             continue
@@ -99,11 +99,13 @@ def _readers(phases: Sequence[Phase]) -> dict[Name, set[int]]:
 def _postpone(phases: list[Phase], made: dict[Name, int], widths: Mapping[Name, int],
               results: set[Name]) -> None:
     """Move steps to the first phase that reads them, where nothing more has to be kept for it."""
+    whole = {name for phase in phases if phase.linear for name in phase.linear.reads}
     for place in reversed(range(len(phases))):
         for step in reversed(list(phases[place].steps)):
             read = _readers(phases)
             wanted = min(read.get(step.target, {place}))
-            if (step.op in (*SINKS, *LOOK_UPS) or step.target in results or wanted == place
+            if (step.op in (*SINKS, *LOOK_UPS) or step.target in {*results, *whole}
+                    or wanted == place
                     or phases[wanted].width != step.width
                     or not all(widths[name] == 1 or _is_there(name, step, phases, made)
                                for name in step.reads)):

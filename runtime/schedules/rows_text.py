@@ -121,6 +121,28 @@ define {quad} @bincompile_join({VECTOR} %a, {VECTOR} %b, {VECTOR} %c, {VECTOR} %
 """
 
 
+def _sums() -> str:
+    """Sixteen vectors to the vector of their sums: halves are added, and two made one of."""
+    text, names, half = "", [f"v{lane}" for lane in range(LANE)], LANE // 2
+    while half:
+        folded = []
+        for left, right in zip(names[::2], names[1::2], strict=True):
+            name = f"s{half}_{len(folded)}"
+            folded.append(name)
+            for part in (0, half):
+                places = [i + part for i in range(2 * LANE) if i % (2 * half) < half]
+                text += (f"\n  %{name}_{part} = shufflevector {VECTOR} %{left}, {VECTOR} %{right}, "
+                         f"<{LANE} x i32> {lanes(places)}")
+            text += f"\n  %{name} = fadd {VECTOR} %{name}_0, %{name}_{half}"
+        names, half = folded, half // 2
+    given = ", ".join(f"{VECTOR} %v{lane}" for lane in range(LANE))
+    return f"""
+define {VECTOR} @bincompile_sums({given}) alwaysinline {{{text}
+  ret {VECTOR} %{names[0]}
+}}
+"""
+
+
 def _masked(left: int) -> str:
     """Load, store and keep `left` lanes of a vector."""
     mask = f"<{', '.join(f'i1 {int(lane < left)}' for lane in range(LANE))}>"
@@ -145,6 +167,6 @@ def helpers(functions: Iterable[str], widths: Iterable[int]) -> str:
     """All that a program calls: functions of `vector_math`, and rows of these widths."""
     lefts = sorted({width % LANE for width in widths} - {0})
     used = sorted(set(functions) & set(vector_math.FUNCTIONS))
-    return "".join([_ALWAYS, _extremes(), _panels(), *map(_masked, lefts),
+    return "".join([_ALWAYS, _extremes(), _panels(), _sums(), *map(_masked, lefts),
                     *(vector_math.helpers(*used, lanes=count) for count in (LANE, PANEL)
                       if used)])

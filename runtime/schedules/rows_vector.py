@@ -30,6 +30,7 @@ class Program:
     first: Any  # the block's first row
     bad: Any  # set where an index is not in its table
     panels: str  # how the loop over the panels of a product runs
+    block: int  # the most rows of a block
 
     def input(self, name: Name) -> Input:
         """How an input is read."""
