@@ -1,0 +1,149 @@
+"""The named reference: the whole-sequence program in float64, as the semantics of a stream say.
+
+"banded": on all tokens so far, every attention and pooling within its window. "window": on the
+last tokens alone, again for each step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx
+
+from bincompile.passes.graph import value_of
+from bincompile.passes.sizes import equal
+from bincompile.passes.streaming.double import References, doubled, wide
+from bincompile.passes.streaming.draw import Sequences, batch_size
+from bincompile.program import Program
+from bincompile.steps import StepProgram, TimeInput
+
+MOST_ELEMENTS = 2**24  # of one batch of windows through the widest value of the graph
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The program as a function of sequences.
+
+    Args:
+        steps: whose inputs and answers say where rows and time are.
+        program: the whole-sequence program.
+        function: its graph, as the semantics say.
+        double: whether in float64.
+        batch: rows of one call where the capture fixed them; 0 where a call has no batch axis;
+            None where there may be any number.
+        length: tokens of one call where the capture fixed them, else None.
+        rows_axes: for each flat output the axis of the rows, None where it has none.
+    """
+
+    steps: StepProgram
+    program: Program
+    function: fx.GraphModule
+    double: bool
+    batch: int | None
+    length: int | None
+    rows_axes: tuple[int | None, ...]
+
+    @classmethod
+    def of(cls, steps: StepProgram, program: Program, references: References,
+           double: bool = True) -> Reference:
+        """The reference of these steps; `references` stand for nodes of the program."""
+        nodes = program.graph.find_nodes(op="placeholder")
+        first = steps.inputs[0]
+        length = value_of(nodes[first.position]).shape[first.time_axis]
+        size = batch_size(nodes, steps.inputs)
+        batch = 0 if size is None else size if isinstance(size, int) else None
+        function = doubled(program.graph_module, references, double)
+        return cls(steps, program, function, double, batch,
+                   length if isinstance(length, int) else None, rows_axes(steps))
+
+    def __call__(self, sequences: Sequences) -> list[torch.Tensor]:
+        """The flat outputs, those with an axis of rows with that axis first.
+
+        An output without one has the rows of the sequences nevertheless: it is the same for all.
+        """
+        rows, parts = sequences.tokens[0].shape[0], list[list[torch.Tensor]]()
+        size = self._rows_at_once(rows, sequences.length)
+        for start in range(0, rows, size):
+            chosen = torch.arange(start, start + size).clamp_max(rows - 1)
+            found = self._call(sequences, chosen)
+            count = min(size, rows - start)
+            parts.append([self.rows_first(value, index, size)[:count]
+                          for index, value in enumerate(found)])
+        return [torch.cat(values) for values in zip(*parts, strict=True)]
+
+    def _rows_at_once(self, rows: int, length: int) -> int:
+        if self.batch is not None:
+            return max(self.batch, 1)
+        widest = max((_features(n) for n in self.program.graph.nodes), default=1)
+        return max(1, min(rows, MOST_ELEMENTS // max(1, widest * length)))
+
+    def _call(self, sequences: Sequences, chosen: torch.Tensor) -> list[torch.Tensor]:
+        flat: list[Any] = [spec.constant for spec in self.program.signature.inputs]
+        nodes = self.program.graph.find_nodes(op="placeholder")
+        for taken, tokens in zip(self.steps.inputs, sequences.tokens, strict=True):
+            flat[taken.position] = placed(tokens[chosen], taken, 1)
+        batch = batch_size(nodes, self.steps.inputs)
+        for position, value in zip(self.steps.statics, sequences.statics, strict=True):
+            flat[position] = _of_rows(value, nodes[position], batch, sequences.owners[chosen])
+        with torch.no_grad():
+            return [v if isinstance(v, torch.Tensor) else torch.as_tensor(v)
+                    for v in self.function(*(map(wide, flat) if self.double else flat))]
+
+    def rows_first(self, value: torch.Tensor, index: int, rows: int) -> torch.Tensor:
+        """A flat output with the axis of its rows first; the same for all where it has none."""
+        axis = self.rows_axes[index]
+        return value.expand(rows, *value.shape) if axis is None else value.movedim(axis, 0)
+
+
+def rows_axes(steps: StepProgram) -> tuple[int | None, ...]:
+    """For each flat output of a step the axis of its rows; None where it has none."""
+    graph = steps.program.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    rows = value_of(placeholders[len(steps.inputs)]).shape[0]
+    if not steps.inputs[0].batched:
+        return (None,) * len(steps.answers)
+    found = list[int | None]()
+    for node, time in zip(graph.output_node().args[0], steps.answers, strict=True):
+        sizes = value_of(node).shape if isinstance(node, fx.Node) else ()
+        found.append(next((axis for axis, size in enumerate(sizes)
+                           if axis != time and equal(size, rows)), None))
+    return tuple(found)
+
+
+def placed(tokens: torch.Tensor, taken: TimeInput, time: int) -> torch.Tensor:
+    """Tokens (rows, length, ...) as the program's input has its axes."""
+    if not taken.batched:
+        return tokens[0].movedim(time - 1, taken.time_axis)
+    return tokens.movedim(time, taken.time_axis)
+
+
+def _of_rows(value: Any, node: fx.Node, batch: Any, chosen: torch.Tensor) -> Any:
+    """A static input for these rows: those of its axis that is the batch."""
+    if not isinstance(value, torch.Tensor) or batch is None:
+        return value
+    axis = next((axis for axis, size in enumerate(value_of(node).shape) if equal(size, batch)),
+                None)
+    return value if axis is None else value.index_select(axis, chosen % value.shape[axis])
+
+
+def _features(node: fx.Node) -> int:
+    """Elements of a value for each row and token, as far as its sizes are numbers."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or node.op != "call_function":
+        return 0
+    total = 1
+    for size in value.shape:
+        total *= size if isinstance(size, int) else 1
+    return total
+
+
+def lengths_allowed(program: Program, taken: TimeInput) -> tuple[int, int | None]:
+    """The fewest and the most tokens that one call of the program may have."""
+    spec = program.signature.inputs[taken.position]
+    symbol = spec.shape[taken.time_axis]
+    if not isinstance(symbol, str):
+        return symbol, symbol
+    return program.signature.ranges.get(symbol, (1, None))
+

@@ -1,0 +1,104 @@
+"""How far a proof steps: past every wrap of every ring, as far as its cost allows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from bincompile.ops import OPERATORS
+from bincompile.passes.graph import aten, value_of
+from bincompile.passes.streaming.reference import lengths_allowed
+from bincompile.program import Program
+from bincompile.steps import StepProgram
+
+SPARE = 8  # steps behind the last wrap
+SECONDS = {"float64": 6.0, "kernels": 10.0, "reference": 6.0}  # estimated, of each part
+NODE_SECONDS = 2e-5
+BYTES_PER_SECOND = 4e9  # of weights that a step reads
+FLOPS_PER_SECOND = 1e10
+LEAST = 40  # steps, whatever they cost
+# A step reads a few of their rows.
+TABLES = (aten.embedding.default, OPERATORS["embedding"].overload,
+          OPERATORS["binary_embedding"].overload)
+SAMPLES = 24  # answers that are compared where each needs a run of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Steps of a proof.
+
+    Args:
+        length: that the kernels take.
+        exact: that the graph takes in float64.
+        wanted: more than twice the sum of all windows.
+        samples: answers that are compared where each needs a run of the reference of its own.
+        marks: steps next to which something happens for the first time.
+    """
+
+    length: int
+    exact: int
+    wanted: int
+    samples: int
+    marks: tuple[int, ...]
+
+    @classmethod
+    def of(cls, steps: StepProgram, program: Program, window: int | None) -> Span:
+        """The span of these steps; `window` is that of window semantics, else None."""
+        wanted, weights = _wanted(steps), _weight_bytes(program)
+        nodes = len(steps.program.at("steps").graph.nodes)
+        most = _most(steps, program) if window is None else steps.limit
+        rows, flops = 2, weights / 4 * 2
+        each = {"float64": nodes * NODE_SECONDS + 2 * weights / BYTES_PER_SECOND,
+                "kernels": nodes * NODE_SECONDS / 2 + weights / BYTES_PER_SECOND,
+                "reference": 1e-6 + rows * flops / FLOPS_PER_SECOND}
+        allowed = {part: max(LEAST, int(SECONDS[part] / cost)) for part, cost in each.items()}
+        length = min(wanted, allowed["kernels"],
+                     wanted if window is not None else allowed["reference"])
+        length = length if most is None else min(length, most)
+        per_sample = each["reference"] * (window or length)
+        samples = max(SAMPLES, int(SECONDS["reference"] / per_sample))
+        return cls(length, min(length, allowed["float64"]), wanted, samples, _marks(steps, length))
+
+    def sampled(self, count: int) -> list[int]:
+        """So many steps: the first and the last, those at marks, and others evenly between."""
+        if self.length <= count:
+            return list(range(self.length))
+        near = [0, 1, self.length - 1, *(m + by for by in (0, -1, 1) for m in self.marks)]
+        even = [round(i * (self.length - 1) / count) for i in range(count)]
+        chosen = dict.fromkeys(s for s in (*near, *even) if 0 <= s < self.length)
+        return sorted(list(chosen)[:count])
+
+    def __str__(self) -> str:
+        part = "" if self.length >= self.wanted else f" of the {self.wanted:,} that wrap all twice"
+        return f"{self.length:,} steps{part}"
+
+
+def _wanted(steps: StepProgram) -> int:
+    windows = sum(window for _, window in steps.windows if window is not None)
+    reach = steps.receptive_field or 0
+    grown = max((s.shape[s.grows] * s.block for s in steps.states if s.grows is not None),
+                default=0)
+    least = max(2 * windows, 2 * reach, grown) * steps.rate if steps.receptive_field is None \
+        else max(2 * windows, 2 * reach, grown)
+    return max(least + steps.first + steps.delay, LEAST // 2) + SPARE * steps.rate
+
+
+def _most(steps: StepProgram, program: Program) -> int | None:
+    """The most steps that one run of the whole-sequence program covers."""
+    found = [lengths_allowed(program, taken)[1] for taken in steps.inputs]
+    return min((n for n in (*found, steps.limit) if n is not None), default=None)
+
+
+def _weight_bytes(program: Program) -> int:
+    """Bytes of float weights that are multiplied with tokens."""
+    values = (value_of(n) for n in program.graph.find_nodes(op="get_attr")
+              if any(u.target not in TABLES for u in n.users))
+    return sum(v.numel() * 4 for v in values if v.is_floating_point())
+
+
+def _marks(steps: StepProgram, length: int) -> tuple[int, ...]:
+    """Where answers begin, where each ring is full for the first and for the second time."""
+    windows = sorted({window for _, window in steps.windows if window is not None})
+    total = sum(window for _, window in steps.windows if window is not None)
+    places = [steps.first, *(times * w for times in (1, 2) for w in windows), total,
+              steps.receptive_field or 0]
+    return tuple(dict.fromkeys(p for p in places if 0 <= p < length))
