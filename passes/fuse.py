@@ -15,6 +15,7 @@ from bincompile.ops.fused_rows import fused_rows
 from bincompile.passes.fuse_body import Written, write
 from bincompile.passes.fuse_linear import join_biases, split_biases
 from bincompile.passes.fuse_numbers import raise_factors
+from bincompile.passes.fuse_ops import OF_FEW_ROWS, RULES
 from bincompile.passes.fuse_proof import candidate_of, prove_region
 from bincompile.passes.fuse_regions import Region, regions_of
 from bincompile.passes.graph import Build, copy_module, finish, put_in_order
@@ -24,6 +25,7 @@ from bincompile.passes.validate import signature_of
 from bincompile.program import Program, source_line
 from bincompile.record import Evidence, Refusal, Rewrite, origin
 
+STEPS = "steps"  # the level of programs that take one token, of as many rows as there are streams
 SIGNS = "signs"  # where a node keeps the names of those whose signs its body takes
 
 
@@ -33,10 +35,12 @@ def fuse(program: Program) -> Program:
     fold(module)
     finish(module)
     raise_factors(module)
-    split = split_biases(module)
+    few = any(stage.level == STEPS for stage in program.stages)
+    rules = OF_FEW_ROWS if few else RULES
+    split = [] if few else split_biases(module)
     found, shared = list[tuple[Written, Evidence]](), dict[str, Evidence | str]()
     refusals = list(program.refusals)
-    for region in regions_of(module.graph):
+    for region in regions_of(module.graph, rules):
         written = write(region)
         if written is None:
             continue

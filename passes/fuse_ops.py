@@ -38,10 +38,12 @@ class Rule:
     Args:
         write: the step that gives the node's value, or None where the arguments are of no use.
         heavy: whether the operation costs more than passing over its rows once.
+        alone: whether a kernel of it alone is worth having.
     """
 
     write: Callable[[Arguments, fx.Node], Step | None]
     heavy: bool = False
+    alone: bool = False
 
 
 def _plain(op: str, *names: str) -> Rule:
@@ -188,8 +190,13 @@ RULES: Mapping[Any, Rule] = {
     binary_embedding.overload: _ours("binary_embedding", "indices", "table", "row_scale",
                                      "embedding_dim"),
 }
+# Where there are few rows, as in a step, products with float weights are bound by reading those.
+OF_FEW_ROWS: Mapping[Any, Rule] = {
+    **RULES, aten.linear.default: Rule(_plain("linear", "input", "weight", "bias").write,
+                                       heavy=True, alone=True)}
 # Which arguments are no rows: tables and weights, read whole.
 WHOLE: Mapping[str, tuple[int, ...]] = {
+    "linear": (1, 2),
     "binary_linear": (1, 2, 3, 6, 7), "embedding": (0,), "binary_embedding": (1, 2),
     "layer_norm": (1, 2), "rms_norm": (1,)}
 INDICES: Mapping[str, int] = {"embedding": 1, "binary_embedding": 0}
@@ -201,9 +208,9 @@ SAME_ROWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default,
              aten.contiguous.default, aten.alias.default, aten.detach.default)
 
 
-def step_of(node: fx.Node) -> Step | None:
+def step_of(node: fx.Node, rules: Mapping[Any, Rule] = RULES) -> Step | None:
     """What a node does to every row, or None where it does another thing."""
-    rule = RULES.get(node.target) if node.op == "call_function" and is_tensor(node) else None
+    rule = rules.get(node.target) if node.op == "call_function" and is_tensor(node) else None
     if rule is None or len(shape_of(node)) < 2 or fixed(shape_of(node)[-1]) is None:
         return None
     step = rule.write(arguments(node), node)
@@ -219,12 +226,26 @@ def fixed(size: Any) -> int | None:
 
 def keeps_rows(node: fx.Node) -> bool:
     """Whether a node passes on its rows in their order, in other leading axes at most."""
-    if node.op != "call_function" or node.target not in SAME_ROWS:
+    if node.op != "call_function" or not (node.target in SAME_ROWS or _moves_only_ones(node)):
         return False
     before, after = value_of(node.args[0]), value_of(node)
     return before.dtype == after.dtype == torch.float32 and after.ndim > 1 and before.ndim > 1 \
         and fixed(after.shape[-1]) is not None and equal(before.shape[-1], after.shape[-1]) \
         and equal(rows_of(node.args[0]), rows_of(node))
+
+
+def _moves_only_ones(node: fx.Node) -> bool:
+    """Whether a node moves no axes but those of size 1, so that elements keep their order."""
+    if node.target is aten.permute.default:
+        order = [axis % len(shape_of(node)) for axis in node.args[1]]
+    elif node.target is aten.transpose.int:
+        order = list(range(len(shape_of(node))))
+        first, second = (axis % len(order) for axis in node.args[1:3])
+        order[first], order[second] = second, first
+    else:
+        return False
+    wide = [axis for axis in order if not equal(shape_of(node.args[0])[axis], 1)]
+    return wide == sorted(wide)
 
 
 def rows_of(node: fx.Node) -> Any:

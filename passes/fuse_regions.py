@@ -9,13 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from bincompile.passes.fuse_ops import INDICES, RULES, WHOLE, Step, keeps_rows, rows_of, step_of
+from bincompile.passes.fuse_ops import (
+    INDICES,
+    RULES,
+    WHOLE,
+    Rule,
+    Step,
+    keeps_rows,
+    rows_of,
+    step_of,
+)
 from bincompile.passes.graph import is_tensor, shape_of, value_of
 from bincompile.passes.sizes import equal
 
@@ -60,16 +69,16 @@ def reads_of(step: Step) -> Iterator[tuple[str, fx.Node]]:
                    "indices" if INDICES.get(step.op) == place else "rows"), arg
 
 
-def regions_of(graph: fx.Graph) -> list[Region]:
+def regions_of(graph: fx.Graph, rules: Mapping[Any, Rule] = RULES) -> list[Region]:
     """The regions of a graph that are worth a kernel, in order, none of them overlapping."""
     moving = run_time(graph)
-    growing = _Growing(graph)
+    growing = _Growing(graph, rules)
     for node in graph.nodes:
         if node in moving and is_tensor(node):
-            step = step_of(node)
+            step = step_of(node, rules)
             if step is not None or keeps_rows(node):
                 growing.add(node, step)
-    return [region for group in growing.groups() if (region := _region(group)) is not None]
+    return [region for group in growing.groups() if (region := _region(group, rules)) is not None]
 
 
 def run_time(graph: fx.Graph) -> set[fx.Node]:
@@ -97,7 +106,8 @@ class _Group:
 class _Growing:
     """Groups while they grow, and what can be reached from what if each were one node."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, rules: Mapping[Any, Rule]) -> None:
+        self.rules = rules
         self.order = {node: index for index, node in enumerate(graph.nodes)}
         self.nodes = list(graph.nodes)
         self.above = [0] * len(self.nodes)
@@ -116,7 +126,7 @@ class _Growing:
 
     def add(self, node: fx.Node, step: Step | None) -> None:
         """A node more: it joins every group that it can."""
-        own = _Group({node: step}, int(step is not None and RULES[node.target].heavy),
+        own = _Group({node: step}, int(step is not None and self.rules[node.target].heavy),
                      _pinned(node, step))
         self.group[node] = own
         rows = [node.args[0]] if step is None else [read for how, read in reads_of(step)
@@ -181,7 +191,7 @@ def _pinned(node: fx.Node, step: Step | None) -> tuple[Any, ...] | None:
     return None
 
 
-def _region(group: _Group) -> Region | None:
+def _region(group: _Group, rules: Mapping[Any, Rule]) -> Region | None:
     """The group without views at its edges; None if a kernel of its own gains nothing."""
     nodes = dict(group.nodes)
     while True:
@@ -192,7 +202,8 @@ def _region(group: _Group) -> Region | None:
         for node in idle:
             del nodes[node]
     steps = {n: step for n, step in nodes.items() if step is not None}
-    if len(steps) < 2 or not any(shape_of(n)[-1] > 1 for n in steps):
+    if not any(shape_of(n)[-1] > 1 for n in steps) or (
+            len(steps) < 2 and not any(rules[n.target].alone for n in steps)):
         return None
     ordered = sorted(steps, key=_order(next(iter(steps)).graph).__getitem__)
     region = Region({n: steps[n] for n in ordered},
