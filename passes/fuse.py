@@ -15,7 +15,7 @@ from bincompile.ops.fused_rows import fused_rows
 from bincompile.passes.fuse_body import Written, write
 from bincompile.passes.fuse_linear import join_biases, split_biases
 from bincompile.passes.fuse_numbers import raise_factors
-from bincompile.passes.fuse_ops import OF_FEW_ROWS, RULES
+from bincompile.passes.fuse_ops import rules_of
 from bincompile.passes.fuse_proof import candidate_of, prove_region
 from bincompile.passes.fuse_regions import Region, regions_of
 from bincompile.passes.graph import Build, copy_module, finish, put_in_order
@@ -36,11 +36,10 @@ def fuse(program: Program) -> Program:
     finish(module)
     raise_factors(module)
     few = any(stage.level == STEPS for stage in program.stages)
-    rules = OF_FEW_ROWS if few else RULES
     split = [] if few else split_biases(module)
     found, shared = list[tuple[Written, Evidence]](), dict[str, Evidence | str]()
     refusals = list(program.refusals)
-    for region in regions_of(module.graph, rules):
+    for region in regions_of(module.graph, rules_of(few)):
         written = write(region)
         if written is None:
             continue

@@ -192,8 +192,8 @@ RULES: Mapping[Any, Rule] = {
 }
 # Where there are few rows, as in a step, products with float weights are bound by reading those.
 OF_FEW_ROWS: Mapping[Any, Rule] = {
-    **RULES, aten.linear.default: Rule(_plain("linear", "input", "weight", "bias").write,
-                                       heavy=True, alone=True)}
+    aten.linear.default: Rule(_plain("linear", "input", "weight", "bias").write, heavy=True,
+                              alone=True)}
 # Which arguments are no rows: tables and weights, read whole.
 WHOLE: Mapping[str, tuple[int, ...]] = {
     "linear": (1, 2),
@@ -208,9 +208,14 @@ SAME_ROWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default,
              aten.contiguous.default, aten.alias.default, aten.detach.default)
 
 
-def step_of(node: fx.Node, rules: Mapping[Any, Rule] = RULES) -> Step | None:
+def rules_of(few: bool) -> Mapping[Any, Rule]:
+    """The rules of programs with any number of rows, or with few."""
+    return {**RULES, **OF_FEW_ROWS} if few else RULES
+
+
+def step_of(node: fx.Node, rules: Mapping[Any, Rule] | None = None) -> Step | None:
     """What a node does to every row, or None where it does another thing."""
-    rule = rules.get(node.target) if node.op == "call_function" and is_tensor(node) else None
+    rule = (rules or RULES).get(node.target) if node.op == "call_function" and is_tensor(node) else None
     if rule is None or len(shape_of(node)) < 2 or fixed(shape_of(node)[-1]) is None:
         return None
     step = rule.write(arguments(node), node)

@@ -17,7 +17,6 @@ from torch import fx
 
 from bincompile.passes.fuse_ops import (
     INDICES,
-    RULES,
     WHOLE,
     Rule,
     Step,
@@ -69,7 +68,7 @@ def reads_of(step: Step) -> Iterator[tuple[str, fx.Node]]:
                    "indices" if INDICES.get(step.op) == place else "rows"), arg
 
 
-def regions_of(graph: fx.Graph, rules: Mapping[Any, Rule] = RULES) -> list[Region]:
+def regions_of(graph: fx.Graph, rules: Mapping[Any, Rule]) -> list[Region]:
     """The regions of a graph that are worth a kernel, in order, none of them overlapping."""
     moving = run_time(graph)
     growing = _Growing(graph, rules)
