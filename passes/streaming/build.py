@@ -1,0 +1,156 @@
+"""The making of the step program from the analysis of time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from bincompile.config import Continual
+from bincompile.passes.graph import finish, value_of
+from bincompile.passes.streaming.analysis import Analysis, analyse, error_of
+from bincompile.passes.streaming.builder import StepBuilder
+from bincompile.passes.streaming.kinds import Kind, Refused, Stepped, Still, Windowed, parts_of
+from bincompile.passes.streaming.rule import ALL
+from bincompile.program import Program, attribute
+from bincompile.signature import InputSpec, Signature
+from bincompile.steps import StepProgram
+
+
+def to_steps(program: Program, continual: Continual) -> StepProgram:
+    """The model as a program that takes one token at a time.
+
+    Args:
+        program: the model over whole sequences, after its rewrites.
+        continual: window, semantics and axis of time.
+
+    Raises:
+        ContinualError: the model can't run one step at a time and give the same values; the
+            message has the node, the user's line, the reason and what to change.
+
+    Source: Continual Inference (arXiv:2201.06268, arXiv:2204.03418).
+    """
+    return _Steps(program, analyse(program, continual)).program()
+
+
+class _Steps:
+    """One step program in the making."""
+
+    def __init__(self, model: Program, analysis: Analysis) -> None:
+        self.model, self.analysis, self.facts = model, analysis, analysis.facts
+        self.build = StepBuilder(self.facts, analysis.asked)
+
+    def program(self) -> StepProgram:
+        """The whole step program."""
+        for node in self.model.graph.nodes:
+            if node in self.analysis.asked and node in self.analysis.chosen and not all(
+                    isinstance(k, Still) for k in parts_of(self.facts.kind(node))):
+                self._emit(node)
+        answers = self._outputs()
+        build, facts = self.build, self.facts
+        stored = {n.target: build.constants[n.target] if n.target in build.constants
+                  else attribute(facts.module, n.target)
+                  for n in build.graph.nodes if n.op == "get_attr"}
+        graph_module = finish(fx.GraphModule(stored, build.graph))
+        states = _kept(graph_module, build)
+        program = self.model.next(graph_module, "steps",
+                                  signature=_signature(graph_module, self.model))
+        kinds = [facts.kind(n) for n in self._results()]
+        moving = [k for k in kinds if not isinstance(k, Still)]
+        delay = max((k.delay for k in moving if isinstance(k, Stepped)), default=0)
+        return StepProgram(
+            program, facts.inputs.steps, states, answers, semantics=semantics_of(facts),
+            windows=tuple(facts.windows), receptive_field=_reach(moving),
+            rate=next((k.rate for k in moving if isinstance(k, Stepped)), 1), delay=delay,
+            first=max((_first(k, facts) for k in moving), default=0),
+            limit=min(build.limits, default=None), statics=facts.inputs.statics,
+            notes=tuple(facts.notes))
+
+    def _results(self) -> list[fx.Node]:
+        return list(self.model.graph.output_node().args[0])
+
+    def _emit(self, node: fx.Node) -> None:
+        self.build.at(node)
+        try:
+            made = self.analysis.chosen[node].emit(node, self.build)
+        except Refused as refused:
+            raise error_of(node, refused) from refused
+        kind, value = self.facts.kind(node), value_of(made)
+        for part, held in zip(parts_of(kind), value if isinstance(kind, tuple) else (value,),
+                              strict=True):
+            self._check(node, part, held)
+        self.build.emitted(node, made)
+
+    def _check(self, node: fx.Node, kind: Kind, value: Any) -> None:
+        """Raise where a step node has other sizes than its axes say."""
+        wanted = self.build.shape(kind.axes, self.build.extent(node))
+        fits = len(wanted) == value.ndim and all(
+            w == s for w, s in zip(wanted, value.shape, strict=True))
+        if not fits and not isinstance(kind, Still):
+            raise error_of(node, Refused(f"would be of shape {tuple(value.shape)} in a step, "
+                                         f"where {tuple(wanted)} follows from the model"))
+
+    def _outputs(self) -> tuple[int | None, ...]:
+        """Place the outputs, delayed to the last of them; returns their axes of time."""
+        kinds = [self.facts.kind(n) for n in self._results()]
+        delay = max((k.delay for k in kinds if isinstance(k, Stepped)), default=0)
+        found, answers = [], []
+        for node, kind in zip(self._results(), kinds, strict=True):
+            self.build.at(node)
+            try:
+                found.append(self._output(node, kind, delay))
+            except Refused as refused:
+                raise error_of(node, refused) from refused
+            answers.append(kind.time_axis)
+        self.build.graph.output_node().args = (tuple(found),)
+        return tuple(answers)
+
+    def _output(self, node: fx.Node, kind: Any, delay: int) -> fx.Node:
+        build = self.build
+        if isinstance(kind, Stepped):
+            like = dataclasses.replace(kind, delay=delay)
+            whole = self.facts.continual.outputs == ALL and kind.time_axis is not None
+            if whole and self.facts.window is None:
+                raise Refused("is asked for at all tokens of a window, and none was given",
+                              "Continual(window=), or outputs='last'")
+            return build.read(node, like, self.facts.window if whole else 1)
+        return build.read(node, kind, build.extent(node))
+
+
+def semantics_of(facts: Any) -> str:
+    """What the steps equal, as the report says it."""
+    if facts.semantics == "window":
+        return f"window({facts.window})"
+    held = "unbounded" if facts.window is None else str(facts.window)
+    return f"banded({held})" + (", truncates" if facts.truncates else "")
+
+
+def _reach(kinds: list[Any]) -> int | None:
+    reaches = [k.reach for k in kinds]
+    return None if None in reaches else max(reaches, default=1)
+
+
+def _first(kind: Any, facts: Any) -> int:
+    if isinstance(kind, Windowed):
+        return 0 if facts.continual.partial_window else kind.window - 1
+    return max(kind.first, kind.delay)
+
+
+def _kept(graph_module: fx.GraphModule, build: StepBuilder) -> tuple[Any, ...]:
+    """The states in the order of their placeholders."""
+    by_name = {s.name: s for s in build.states}
+    return tuple(by_name[n.name] for n in graph_module.graph.find_nodes(op="placeholder")
+                 if n.name in by_name)
+
+
+def _signature(graph_module: fx.GraphModule, model: Program) -> Signature:
+    """The calling convention of the step program: its flat inputs, a tuple of its outputs."""
+    inputs = tuple(InputSpec(n.name, n.meta["val"].dtype, tuple(
+        s if isinstance(s, int) else str(s) for s in n.meta["val"].shape))
+        for n in graph_module.graph.find_nodes(op="placeholder"))
+    (results,) = graph_module.graph.output_node().args
+    return Signature(inputs, pytree.tree_structure((tuple(range(len(inputs))), {})),
+                     pytree.tree_structure(tuple(range(len(results)))),
+                     tuple(spec.name for spec in inputs))

@@ -1,0 +1,172 @@
+"""Placing: values of one index or one row where the axes of others have time and the batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from bincompile.passes.graph import aten, is_tensor, shape_of, value_of
+from bincompile.passes.streaming.kinds import (
+    BATCH,
+    PLAIN,
+    TIME,
+    Axes,
+    Indexed,
+    Refused,
+    Still,
+    Windowed,
+)
+
+if TYPE_CHECKING:
+    from bincompile.passes.streaming.builder import StepBuilder
+
+
+def unplaced(build: StepBuilder, node: fx.Node, axes: Axes, extent: int = 1) -> fx.Node:
+    """A step node with these axes as (M, *plain), or (M, extent, *plain) where extent is not 1."""
+    atoms = [atom for axis in axes for atom in axis if extent > 1 or atom.role != TIME]
+    order = sorted(range(len(atoms)), key=lambda i: _RANK[atoms[i].role])
+    node = reshaped(build, node, [build.sizes(((a,),), extent)[0] for a in atoms])
+    if order != sorted(order):
+        node = build.call(aten.permute.default, node, order)
+    if not any(atom.role == BATCH for atom in atoms):
+        node = build.call(aten.unsqueeze.default, node, 0)
+        node = node if build.count == 1 else build.call(
+            aten.expand.default, node, [build.count, *(-1 for _ in atoms)])
+    return node
+
+
+_RANK = {BATCH: 0, TIME: 1, PLAIN: 2}
+
+
+def placed(build: StepBuilder, token: fx.Node, axes: Axes, extent: int = 1) -> fx.Node:
+    """(M, *plain), or (M, extent, *plain), as a step node with these axes."""
+    atoms = [atom for axis in axes for atom in axis if extent > 1 or atom.role != TIME]
+    order = sorted(range(len(atoms)), key=lambda i: _RANK[atoms[i].role])
+    if not any(atom.role == BATCH for atom in atoms):
+        if build.count != 1:
+            raise Refused("depends on the row, and its axes have no batch")
+        token = build.call(aten.squeeze.dims, token, [0])
+    if order != sorted(order):
+        token = build.call(aten.permute.default, token,
+                           [order.index(i) for i in range(len(order))])
+    return reshaped(build, token, build.sizes(axes, extent))
+
+
+def reshaped(build: StepBuilder, node: fx.Node, sizes: list[Any]) -> fx.Node:
+    """A node in another shape; itself where it has that already."""
+    same = len(shape_of(node)) == len(sizes) and all(
+        s is (1 if not isinstance(w, fx.Node) else w) or s == value_of(w)
+        for s, w in zip(shape_of(node), sizes, strict=True))
+    return node if same else build.call(aten.reshape.default, node, sizes)
+
+
+def still(build: StepBuilder, arg: fx.Node) -> fx.Node:
+    """The node of a value that does not change with time."""
+    kind = build.kind(arg)
+    key = ("still", arg)
+    if key in build.shared:
+        return build.shared[key]
+    if arg.op == "get_attr":
+        return build.stored(arg.target)
+    found = _prepared(build, arg, kind) if kind.prepared else _copied(build, arg)
+    build.shared[key] = found
+    return found
+
+
+def _copied(build: StepBuilder, arg: fx.Node) -> fx.Node:
+    """A computation on stored tensors, as the model has it."""
+    def mapped(node: fx.Node) -> Any:
+        return still(build, node) if is_tensor(node) else build.number(node) \
+            if isinstance(value_of(node), int | torch.SymInt) else _copied(build, node)
+
+    return build.call(arg.target, *fx.node.map_arg(arg.args, mapped),
+                      **fx.node.map_arg(dict(arg.kwargs), mapped))
+
+
+def _prepared(build: StepBuilder, arg: fx.Node, kind: Still) -> fx.Node:
+    """What was computed when the row began, of the rows of this step."""
+    build.frontier.append(arg)
+    state = build.state(arg.name, kind.plain, value_of(arg).dtype,
+                        prepared=len(build.frontier) - 1)
+    token = build.call(aten.index_select.default, state, 0, build.rows)
+    return placed(build, token, kind.axes)
+
+
+def indexed(build: StepBuilder, arg: fx.Node, kind: Indexed, like: Any, extent: int) -> fx.Node:
+    """A value of the index alone, where `like` has its rows."""
+    from bincompile.passes.streaming import free
+
+    axis = kind.time_axis
+    assert axis is not None
+    if isinstance(like, Windowed):
+        found = free.emit_windowed(arg, build, like.window)
+        return build.newest(found, axis, like.window, extent)
+    key = ("indexed", arg, like.rate, like.delay)
+    if key not in build.shared:
+        build.shared[key] = free.emit_indexed(arg, build, like.rate, like.delay)
+    return _by_row(build, build.shared[key], axis - len(kind.axes), like)
+
+
+def table(build: StepBuilder, arg: fx.Node, kind: Still, like: Any, extent: int) -> fx.Node:
+    """The entries of a stored tensor that has one for each index, where `like` has its rows."""
+    time = like.time_axis
+    axis = time - len(like.axes)
+    whole = still(build, arg)
+    length = int(shape_of(whole)[axis])
+    if isinstance(like, Windowed):
+        if length != like.window:
+            raise Refused(f"a stored tensor has {length} positions, and the window {like.window}",
+                          "Continual(window=), or the sizes of the example")
+        return build.newest(whole, axis + len(kind.axes), length, extent)
+    index = entries(build, length, like.rate, like.delay)
+    found = build.call(aten.index_select.default, whole, axis + len(kind.axes), index)
+    return _by_row(build, found, axis, like)
+
+
+def entries(build: StepBuilder, length: int, rate: int, delay: int) -> fx.Node:
+    """(M,) int64: the index that a step computes, as a place in a table of so many entries.
+
+    With `positions="recycle"` it begins anew after the last; else a row ends there.
+    """
+    index = build.index(rate, delay)
+    if build.facts.continual.positions == "recycle":
+        note = f"positions begin anew after {length}: a change of the model"
+        if note not in build.facts.notes:
+            build.facts.notes.append(note)
+        return build.call(aten.remainder.Scalar, index, length)
+    build.limit((length - 1) * rate + delay + 1)
+    return build.call(aten.clamp.default, index, 0) if delay else index
+
+
+def _by_row(build: StepBuilder, found: fx.Node, time: int, like: Any) -> fx.Node:
+    """A value with M indices at the axis `time`, from the end, where `like` has its batch."""
+    batch = like.batch_axis
+    if batch is None:
+        return found
+    at = batch - len(like.axes)
+    if len(shape_of(found)) < -at:
+        found = reshaped(build, found, [*(1,) * (-at - len(shape_of(found))),
+                                        *_given(build, found)])
+    if at != time:
+        found = build.call(aten.transpose.int, found, at, time)
+    others = [atom for atom in like.axes[batch] if atom.role == PLAIN]
+    if not others:
+        return found
+    rank = len(shape_of(found))
+    rest = _given(build, found)
+    within = [build.count if atom.role == BATCH else 1 if atom.role == TIME else int(atom.size)
+              for atom in like.axes[batch]]
+    narrow = [size if atom.role == BATCH else 1
+              for size, atom in zip(within, like.axes[batch], strict=True)]
+    place = rank + at
+    found = build.call(aten.reshape.default, found, [*rest[:place], *narrow, *rest[place + 1:]])
+    found = build.call(aten.expand.default, found, [*rest[:place], *within, *rest[place + 1:]])
+    whole = build.sizes((like.axes[batch],))
+    return build.call(aten.reshape.default, found, [*rest[:place], *whole, *rest[place + 1:]])
+
+
+def _given(build: StepBuilder, node: fx.Node) -> list[Any]:
+    """The sizes of a step node as arguments: a symbolic one is the number of rows."""
+    return [s if isinstance(s, int) else build.count for s in shape_of(node)]

@@ -1,0 +1,1 @@
+"""What operators do with time: every file here holds rules, which are found by themselves."""
