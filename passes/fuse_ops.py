@@ -215,7 +215,8 @@ def rules_of(few: bool) -> Mapping[Any, Rule]:
 
 def step_of(node: fx.Node, rules: Mapping[Any, Rule] | None = None) -> Step | None:
     """What a node does to every row, or None where it does another thing."""
-    rule = (rules or RULES).get(node.target) if node.op == "call_function" and is_tensor(node) else None
+    known = node.op == "call_function" and is_tensor(node)
+    rule = (rules or RULES).get(node.target) if known else None
     if rule is None or len(shape_of(node)) < 2 or fixed(shape_of(node)[-1]) is None:
         return None
     step = rule.write(arguments(node), node)
