@@ -57,9 +57,9 @@ class MaskGraph:
     moving: frozenset[fx.Node]  # of the nodes, those that depend on inputs
 
     @classmethod
-    def of(cls, node: fx.Node, context: Context) -> MaskGraph | None:
-        """The subgraph; None if weights take part in it, or it is too large for a mask."""
-        found = _collected(node, context)
+    def of(cls, node: fx.Node, context: Context, weights: bool = False) -> MaskGraph | None:
+        """The subgraph; None if it is too large for a mask, or weights take part that may not."""
+        found = _collected(node, context, weights)
         if found is None:
             return None
         nodes, inputs, stored, shapes, sizes = found
@@ -106,6 +106,11 @@ class MaskGraph:
         return all(math.prod(concrete(s, numbers) for s in shape_of(n)) <= MOST_NUMBERS
                    for n in (*self.inputs, *self.shapes, self.node))
 
+    def values(self, numbers: Assignment) -> dict[fx.Node, Any] | None:
+        """Every value at these sizes, where no input takes part; None where there are none."""
+        leaves = self._leaves(numbers)
+        return None if leaves is None else self._run(leaves, {}, True)
+
     def at(self, numbers: Assignment, swap: Mapping[int, int] | None = None,
            ) -> Callable[[Draw], torch.Tensor | None]:
         """The mask at these sizes, as a function of how an input is drawn.
@@ -150,7 +155,7 @@ class MaskGraph:
         return {**env, **self.stored}
 
 
-def _collected(node: fx.Node, context: Context) -> tuple[Any, ...] | None:
+def _collected(node: fx.Node, context: Context, weights: bool) -> tuple[Any, ...] | None:
     nodes, inputs, shapes, sizes = (set[fx.Node]() for _ in range(4))
     stored: dict[fx.Node, Any] = {}
     pending = [node]
@@ -160,14 +165,14 @@ def _collected(node: fx.Node, context: Context) -> tuple[Any, ...] | None:
             continue
         if found.op == "get_attr":
             value = attribute(context.graph_module, found.target)
-            if value_of(found).requires_grad:
+            if value_of(found).requires_grad and not weights:
                 return None
             stored[found] = value.double() if value.is_floating_point() else value
         elif found.op == "placeholder":
             inputs.add(found)
         else:
             nodes.add(found)
-            if len(nodes) > MOST_NODES or found.target in LAYERS:
+            if len(nodes) > MOST_NODES or (found.target in LAYERS and not weights):
                 return None
             for read in found.all_input_nodes:
                 if not (is_tensor(read) or is_sequence(read)):
