@@ -67,19 +67,20 @@ def check_hidden(name: str, state: torch.Tensor, initial: Optional, rows: Rows, 
                          str((rows.shape[0], size)), f"the initial {name}")
 
 
-SIZES = ((1, 1), (3, 5), (16, 16), (33, 7), (8, 20), (17, 32))  # features, hidden size
+FORMS = ((16, 17, True), (33, 7, False))  # features, hidden size, biases
 
 
 def layers(count: int, generator: torch.Generator) -> Iterator[tuple[Any, ...]]:
     """Token, rows, clock, weights, biases and timing of the samples of a layer, hidden size last.
 
-    Of every third the biases are None.
+    Every other one has no biases, and is to have an initial value.
     """
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator) * 0.5
 
-    for number, (case, (features, size)) in enumerate(zip(CASES, SIZES, strict=True)):
-        biases = (None, None) if number % 3 == 2 else (draw(count * size), draw(count * size))
+    for number, case in enumerate(CASES):
+        features, size, biased = FORMS[number % 2]
+        biases = (draw(count * size), draw(count * size)) if biased else (None, None)
         yield (draw(case.rows.shape[0], features), case.rows, case.clock,
                draw(count * size, features), draw(count * size, size), *biases, case.timing, size)
 

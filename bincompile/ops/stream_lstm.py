@@ -51,7 +51,7 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
 
     for number, (token, rows, clock, weight_ih, weight_hh, *biases, timing, size) in enumerate(
             layers(4, generator)):
-        outputs = 3 if number in (1, 4) else size
+        outputs = 3 if number == 4 else size
         weight_hh = weight_hh if outputs == size else draw(4 * size, outputs)
         projection = None if outputs == size else draw(outputs, size)
         states = draw(clock.shape[0], 2, outputs), draw(clock.shape[0], 2, size)
