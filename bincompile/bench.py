@@ -17,33 +17,49 @@ import bincompile
 from bincompile import bench_match, report
 from bincompile.config import Target
 from bincompile.errors import ConfigError, KernelError
-from bincompile.suites import calls, costs, embedding, kernels, layers, models, targets
+from bincompile.suites import (
+    calls,
+    costs,
+    embedding,
+    kernels,
+    layers,
+    models,
+    stream,
+    stream_errors,
+    targets,
+)
 from bincompile.suites.rows import OURS, Case, Row
 
-MATCH, TARGETS = "match", "targets"
+MATCH, TARGETS, STREAM = "match", "targets", "stream"
+QUICK = "--quick"  # to the measuring process; no case begins like it
 
 SUITES: dict[str, Callable[[], list[Case]]] = {
     "kernels": kernels.cases, "layers": layers.cases, "models": models.cases,
     "embedding": embedding.cases, "calls": calls.cases, "validate": costs.proofs,
-    "import": costs.imports}
+    "import": costs.imports, STREAM: stream.cases}
 NAMES = (*SUITES, MATCH, TARGETS)
 
 
-def run(suite: str, threads: Sequence[int], only: Sequence[str] = ()) -> dict[str, Any]:
+def run(suite: str, threads: Sequence[int], only: Sequence[str] = (), *,
+        quick: bool = False) -> dict[str, Any]:
     """Measure a suite, each number of threads in a process of its own.
 
     Args:
         suite: "kernels" (linears and attention cores against torch's, with the speed that the
             machine's registers allow), "layers" (a BMHA against nn.MultiheadAttention), "models"
             (BERT-base and MiniLM), "embedding" (look-ups and bags), "calls" (a model of one
-            kernel over that kernel), "validate" (one proof), "import", "match" (what is recognised
-            in the corpus, by us and by torch.compile), or "targets" (what is promised of all of
-            these, each beside its limit). "match" and "targets" take the first number of threads.
+            kernel over that kernel), "validate" (one proof), "import", "stream" (a step of a
+            stream against the window computed anew and continual-inference), "match" (what is
+            recognised in the corpus, by us and by torch.compile), or "targets" (what is promised
+            of all of these, each beside its limit). "stream", "match" and "targets" take the first
+            number of threads.
         threads: numbers of threads.
         only: beginnings of names of cases; of "targets", of suites too.
+        quick: follow the errors of "stream" for fewer steps.
 
     Returns:
-        `{"suite", "machine", "load", "rows"}`, of "targets" also `"targets"`; a row has `case`,
+        `{"suite", "machine", "load", "rows"}`, of "stream" and "targets" also `"targets"`; a row
+        has `case`,
         `threads`, `ms` (median of each candidate), `speedup` (time of each peer over ours),
         `share` (of the machine's limits) and `values`; in "match" also `counts`; `error` instead
         where the case failed. `load` is the machine's load average at the start: other work on
@@ -61,14 +77,22 @@ def run(suite: str, threads: Sequence[int], only: Sequence[str] = ()) -> dict[st
                  or t.case.startswith(tuple(only))]
         _check_some(asked, only, sorted(targets.needed()))
         rows = [row for name, cases in targets.needed(asked).items()
-                for row in _in_own_process(name, threads[0], *cases)]
+                for row in _in_own_process(name, threads[0], *cases, *_flags(quick))]
         return {**head, "rows": rows, "targets": targets.judged(rows, asked)}
     if suite != MATCH:
         names = [case.name for case in SUITES[suite]()]
         _check_some([n for n in names if not only or n.startswith(tuple(only))], only, names)
-    threads = threads[:1] if suite == MATCH else threads
-    rows = [row for count in threads for row in _in_own_process(suite, count, *only)]
-    return {**head, "rows": rows}
+    threads = threads[:1] if suite in (MATCH, STREAM) else threads
+    rows = [row for count in threads
+            for row in _in_own_process(suite, count, *only, *_flags(quick))]
+    promised = [t for t in targets.TARGETS if t.suite == suite == STREAM
+                and (not only or t.case.startswith(tuple(only)))]
+    return {**head, "rows": rows, **({"targets": targets.judged(rows, promised)} if promised
+                                     else {})}
+
+
+def _flags(quick: bool) -> list[str]:
+    return [QUICK] if quick else []
 
 
 def _check_some(found: Sequence[Any], only: Sequence[str], names: Sequence[str]) -> None:
@@ -154,6 +178,9 @@ def _measured(suite: str, only: Sequence[str]) -> Iterator[Row]:
 def _main(suite: str, threads: str, *only: str) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(int(threads))
+    if QUICK in only:
+        stream_errors.STEPS = stream_errors.QUICK_STEPS
+        only = tuple(name for name in only if name != QUICK)
     rows = bench_match.rows(*only) if suite == MATCH else _measured(suite, only)
     print(json.dumps(list(rows)))
 

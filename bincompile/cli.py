@@ -235,14 +235,16 @@ def _verify(options: argparse.Namespace) -> Outcome:
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", nargs="?", default="kernels", metavar="SUITE | MODEL | FILE.bcz",
-                        help="kernels (default), layers, models, embedding, calls, targets, "
-                             "validate, import or match; or a model to time as it is and "
+                        help="kernels (default), layers, models, embedding, calls, stream, "
+                             "targets, validate, import or match; or a model to time as it is and "
                              "compiled; or a saved one")
     parser.add_argument("--threads", type=_positive, nargs="+", default=[1, 2], metavar="N",
                         help="numbers of threads to measure with (default: 1 2)")
     parser.add_argument("--only", nargs="+", default=(), metavar="NAME",
                         help="beginnings of names of cases, such as w1a1 of kernels or "
                              "transformers/bert of match (default: all)")
+    parser.add_argument("--quick", action="store_true",
+                        help="follow the errors of the suite stream for fewer steps")
     parser.add_argument("--markdown", action="store_true", help="tables as a README has them")
 
 
@@ -250,7 +252,7 @@ def _bench(options: argparse.Namespace) -> Outcome:
     from bincompile import bench, bench_model
 
     if options.what in bench.NAMES:
-        result = bench.run(options.what, options.threads, options.only)
+        result = bench.run(options.what, options.threads, options.only, quick=options.quick)
         text = bench.table(result, markdown=options.markdown)
         return Outcome(result, text, not bench.failed(result))
     result = bench_model.run(options.what, options.threads)

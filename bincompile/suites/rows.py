@@ -11,8 +11,9 @@ import torch
 from bincompile.timing import medians
 
 OURS, EAGER, INDUCTOR, HALF, INT8 = "bincompile", "float32", "torch.compile", "bf16", "int8"
-KERNEL, PEAK, COPY = "kernel", "peak", "copy"
-NOT_PEERS = (KERNEL, PEAK, COPY)  # parts of ours, and limits of the machine
+KERNEL, PEAK, COPY, PRODUCTS, READ = "kernel", "peak", "copy", "bare products", "read"
+LIMITS = (PEAK, COPY, PRODUCTS, READ)  # of the machine
+NOT_PEERS = (KERNEL, *LIMITS)  # a part of ours, and what no one is faster than
 
 Row = dict[str, Any]
 Candidates = Mapping[str, Callable[[], Any]]
@@ -64,7 +65,7 @@ def row(case: str, times: Mapping[str, float], ours: str = OURS,
     """
     kept = {(OURS if name == ours else name): ms for name, ms in times.items()
             if name not in others}
-    limits = {name: ms / kept[OURS] for name, ms in kept.items() if name in (PEAK, COPY)}
+    limits = {name: ms / kept[OURS] for name, ms in kept.items() if name in LIMITS}
     speedup = {name: ms / kept[OURS] for name, ms in kept.items()
                if name != OURS and name not in NOT_PEERS}
     return {"case": case, "threads": torch.get_num_threads(), "ms": kept, "speedup": speedup,

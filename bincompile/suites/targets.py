@@ -7,10 +7,14 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from bincompile.suites import stream, stream_errors, stream_models
 from bincompile.suites.layers import BEST
-from bincompile.suites.rows import COPY, EAGER, HALF, INDUCTOR, INT8, OURS, PEAK, Row
+from bincompile.suites.peers import CONTINUAL, WINDOW
+from bincompile.suites.rows import COPY, EAGER, HALF, INDUCTOR, INT8, OURS, PEAK, PRODUCTS, Row
+from bincompile.suites.stream_parts import BINARY, FLOAT
 
 SPEED, SHARE, VALUE = "speedup", "share", "values"
+STREAM = "stream"
 FORMS = {SPEED: "{:.2f} x", SHARE: "{:.1%}", VALUE: "{:.3g}"}
 NOT_MEASURED = "not measured"
 
@@ -58,7 +62,7 @@ def _speed(what: str, suite: str, case: str, row: str, **limits: float) -> list[
 
 
 PEERS = {"eager": EAGER, "inductor": INDUCTOR, "half": HALF, "int8": INT8, "best": BEST,
-         "one": "1 thread"}
+         "one": "1 thread", "continual": CONTINUAL, "window": WINDOW, "singles": stream.SINGLES}
 
 
 def _linears() -> list[Target]:
@@ -123,8 +127,41 @@ def _encoders() -> list[Target]:
     return found
 
 
+STEPS = {  # of each shape and form: over continual-inference, the window, and single steps
+    (FLOAT, 512): (2.0, 14.0, 2.4), (FLOAT, 768): (2.0, 25.0, 1.7),
+    (BINARY, 512): (20.0, 140.0, 1.9), (BINARY, 768): (25.0, 300.0, 1.3)}
+ERRORS = {1: (stream_errors.LARGEST, 1e-5), 4: (stream_errors.LARGEST, 1e-5),
+          16: (stream_errors.LARGEST, 1e-5), 100: (stream_errors.OVER_SDPA, 2.0)}
+
+
+def _streams() -> list[Target]:
+    found = []
+    for form in (FLOAT, BINARY):
+        for shape in stream.SHAPES:
+            peer, window, singles = STEPS[form, shape[0]]
+            step, batch = stream.attention_name(*shape), stream.batch_name(*shape)
+            found += _speed(f"{step}, {form}", STREAM, step, f"{step}, {form}", continual=peer,
+                            window=window)
+            found += _speed(f"{batch}, {form}", STREAM, batch, f"{batch}, {form}",
+                            singles=singles)
+        longer = stream.longer_name()
+        found.append(Target(f"{longer}, {form}, over reading what is added", STREAM, longer,
+                            f"{longer}, {form}", VALUE, stream.EXCESS, 1.5, most=True))
+    block = stream_models.block_name()
+    found += _speed(f"{block}, {FLOAT}", STREAM, block, f"{block}, {FLOAT}", window=12.0)
+    found.append(Target(f"{block}, {FLOAT}", STREAM, block, f"{block}, {FLOAT}", SHARE, PRODUCTS,
+                        0.8))
+    found += _speed(f"{block}, {BINARY}", STREAM, block, f"{block}, {BINARY}", window=100.0)
+    found.append(Target(f"{stream.FLOOR}, us", STREAM, stream.FLOOR, stream.FLOOR, VALUE,
+                        stream.MICROSECONDS, 5.0, most=True))
+    for spread, (figure, limit) in ERRORS.items():
+        name = stream_errors.name(spread)
+        found.append(Target(name, STREAM, name, name, VALUE, figure, limit, most=True))
+    return found
+
+
 CALL = "call of a linear 64 -> 64"
-TARGETS = (*_linears(), *_attentions(), *_look_ups(), *_encoders(),
+TARGETS = (*_linears(), *_attentions(), *_look_ups(), *_encoders(), *_streams(),
            Target("call of a model over its kernel, us", "calls", CALL, CALL, VALUE, "overhead_us",
                   5.0, most=True))
 
