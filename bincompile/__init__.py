@@ -37,16 +37,20 @@ if TYPE_CHECKING:
         KernelError,
         MissingPackageError,
         ProofError,
+        StreamBusyError,
+        StreamClosedError,
     )
     from bincompile.patterns import Pattern, check_pattern, register_pattern
     from bincompile.program import Program
     from bincompile.report import Report
+    from bincompile.stream import Stream
 
 __all__ = [
     "AccuracyError", "AccuracyUnknownError", "ArtifactError", "Binary", "BincompileError",
     "CaptureError", "CompiledModel", "ConfigError", "Continual", "ContinualError", "Guard",
     "InputError", "InputTypeError", "KernelError", "MissingPackageError", "Pattern", "Program",
-    "ProofError", "Report", "Target", "__version__", "check_pattern", "inspect", "load", "nn",
+    "ProofError", "Report", "Stream", "StreamBusyError", "StreamClosedError", "Target",
+    "__version__", "check_pattern", "inspect", "load", "nn",
     "optim", "optimize", "register_pattern",
 ]
 
@@ -54,7 +58,7 @@ _HOMES = {  # the module that holds a public name; bincompile.errors holds the o
     "inspect": "api", "optimize": "api", "load": "artifact", "CompiledModel": "compiled",
     "Binary": "config", "Continual": "config", "Guard": "config", "Target": "config",
     "Program": "program", "Report": "report", "Pattern": "patterns", "check_pattern": "patterns",
-    "register_pattern": "patterns",
+    "register_pattern": "patterns", "Stream": "stream",
 }
 _MODULES = ("nn", "optim")
 

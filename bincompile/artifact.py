@@ -3,7 +3,9 @@
 The file is a zip of two members, neither compressed: `program.json` (format, version, graph over
 the closed list of `bincompile.opset`, calling convention, records, chosen kernels, and the SHA-256
 of the other member) and `tensors.safetensors`. Nothing in it can name a Python object, so loading
-never runs code from it. Equal programs give equal files; a file is written whole or not at all.
+never runs code from it. A model that streams has its step program under "stream", and is of
+version 2; its tensors are in the same member, each once. Equal programs give equal files; a file is
+written whole or not at all.
 
 Law of the format: a reader refuses a version that it does not know; members and fields are never
 given another meaning; a new meaning is a new version.
@@ -33,25 +35,41 @@ from bincompile.ops import operator_of
 from bincompile.program import Program
 from bincompile.runtime.executor import bind
 from bincompile.runtime.kernels import kernels_of
+from bincompile.steps import StepProgram
+from bincompile.stream_codec import decode_steps, encode_form, tensors_of, writes
+from bincompile.stream_form import StreamForm
 
-FORMAT, VERSION = "bincompile", 1
+FORMAT, VERSION, STREAMING = "bincompile", 1, 2  # a model that streams is of a later version
 MEMBERS = ("program.json", "tensors.safetensors")
 LARGEST_DOCUMENT = 64 * 2**20
 _MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError,
               RuntimeError, UnicodeError)
 
 
-def save(program: Program, kernels: Mapping[str, str], path: str | os.PathLike[str]) -> None:
+def save(program: Program, kernels: Mapping[str, str], path: str | os.PathLike[str],
+         form: StreamForm | None = None) -> None:
     """Write a lowered program to `path`, replacing a file that is there only when it is whole.
+
+    Args:
+        program: the program.
+        kernels: the kernel of each node.
+        path: the file.
+        form: its form for streams, if it has one.
 
     Raises:
         ArtifactError: the program calls something outside of the closed list, or the path can't
             be written.
     """
-    stored, tensors = _distinct(program.tensors())
+    parts = {"": program.tensors(), **({} if form is None else tensors_of(form))}
+    stored, tensors = _distinct({_name(part, name): tensor for part, found in parts.items()
+                                 for name, tensor in found.items()})
+    names = {part: {name: stored[_name(part, name)] for name in found}
+             for part, found in parts.items()}
     payload = save_tensors(tensors)
-    document = {"format": FORMAT, "version": VERSION, "sha256": hashlib.sha256(payload).hexdigest(),
-                "kernels": dict(kernels), **encode(program, stored)}
+    document = {"format": FORMAT, "version": VERSION if form is None else STREAMING,
+                "sha256": hashlib.sha256(payload).hexdigest(), "kernels": dict(kernels),
+                **encode(program, names[""]),
+                **({} if form is None else {"stream": encode_form(form, names)})}
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     _write(Path(path), {MEMBERS[0]: text, MEMBERS[1]: payload})
 
@@ -86,16 +104,33 @@ def load(path: str | os.PathLike[str], *, target: Target | str | None = None) ->
     try:
         document = json.loads(members[MEMBERS[0]])
         _check_head(document, members[MEMBERS[1]], path)
-        program = decode(document, load_tensors(members[MEMBERS[1]]))
-        kernels = _known(document["kernels"], program)
+        program, steps, chosen = _decoded(document, load_tensors(members[MEMBERS[1]]))
     except (*_MALFORMED, SafetensorError) as error:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"{path}: {type(error).__name__}: {str(error)[:200]}",
                             "a file written by CompiledModel.save", "save the model again"
                             ) from error
-    chosen = Target.of(target)
-    return CompiledModel(program, bind(program, chosen, kernels), chosen)
+    machine = Target.of(target)
+    compiled = CompiledModel(program, bind(program, machine, chosen[0]), machine)
+    return compiled if steps is None else compiled.with_form(StreamForm.bound(
+        steps, program.signature, machine, chosen[1], chosen[2]))
+
+
+def _decoded(document: Any, tensors: dict[str, torch.Tensor]) -> tuple[
+        Program, StepProgram | None, tuple[dict[str, str], str, dict[str, str]]]:
+    """The program, its steps, and the kernels of one, the fingerprint and kernels of the other."""
+    program = decode(document, tensors)
+    if writes(program):
+        raise ArtifactError("a model that writes to its inputs", "one that does not",
+                            "save the model again")
+    kernels = _known(document["kernels"], program)
+    if document["version"] == VERSION:
+        return program, None, (kernels, "", {})
+    found = document["stream"]
+    steps = decode_steps(found, tensors, program.signature)
+    return program, steps, (kernels, str(found["fingerprint"]),
+                            _known(found["kernels"], steps.program))
 
 
 def _known(kernels: Mapping[str, str], program: Program) -> dict[str, str]:
@@ -103,6 +138,11 @@ def _known(kernels: Mapping[str, str], program: Program) -> dict[str, str]:
     operators = {n.name: operator_of(n.target) for n in program.graph.nodes}
     return {node: kernel for node, kernel in kernels.items() if (found := operators.get(node))
             and kernel in {k.name for k in kernels_of(found.name)}}
+
+
+def _name(part: str, name: str) -> str:
+    """The name of a tensor among those of all programs; the same tensor is in the file once."""
+    return f"{part}:{name}" if part else name
 
 
 def _distinct(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -155,9 +195,10 @@ def _read(path: Path) -> dict[str, bytes]:
 
 
 def _check_head(document: Any, payload: bytes, path: Any) -> None:
-    if document.get("format") != FORMAT or document.get("version") != VERSION:
+    if document.get("format") != FORMAT or document.get("version") not in (VERSION, STREAMING):
         raise ArtifactError(f"{path} of format {document.get('format')!r}, version "
-                            f"{document.get('version')!r}", f"{FORMAT!r}, version {VERSION}",
+                            f"{document.get('version')!r}",
+                            f"{FORMAT!r}, version {VERSION} or {STREAMING}",
                             "use the version of bincompile that wrote it")
     if hashlib.sha256(payload).hexdigest() != document["sha256"]:
         raise ArtifactError(f"{path}: the tensors are not those that were saved",

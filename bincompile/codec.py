@@ -33,7 +33,7 @@ Json = Any
 def encode(program: Program, stored: Mapping[str, str]) -> dict[str, Json]:
     """The program as JSON; `stored` maps names of tensors to their names in the file."""
     return {
-        "nodes": [_encode_node(node, stored) for node in program.graph.nodes],
+        "nodes": encode_graph(program, stored),
         "signature": _encode_signature(program.signature),
         "records": {
             "matches": [_encode_match(m) for m in program.matches],
@@ -47,9 +47,22 @@ def encode(program: Program, stored: Mapping[str, str]) -> dict[str, Json]:
 
 def decode(document: Mapping[str, Json], tensors: Mapping[str, torch.Tensor]) -> Program:
     """The program of a document that `encode` wrote."""
+    module = decode_graph(document["nodes"], tensors)
+    signature = _decode_signature(document["signature"])
+    _check_ends(list(module.graph.nodes), signature)
+    return Program(module, signature, "lowered", **_decode_records(document["records"]))
+
+
+def encode_graph(program: Program, stored: Mapping[str, str]) -> list[Json]:
+    """The graph alone."""
+    return [_encode_node(node, stored) for node in program.graph.nodes]
+
+
+def decode_graph(entries: Json, tensors: Mapping[str, torch.Tensor]) -> fx.GraphModule:
+    """The graph that `encode_graph` wrote."""
     graph, nodes = fx.Graph(), dict[str, fx.Node]()
     read: dict[str, torch.Tensor] = {}
-    for entry in document["nodes"]:
+    for entry in entries:
         name = entry["name"]
         if not isinstance(name, str) or not name.isidentifier() or name in nodes:
             raise ArtifactError(f"a node named {name!r}", "distinct names", "save the model again")
@@ -57,11 +70,18 @@ def decode(document: Mapping[str, Json], tensors: Mapping[str, torch.Tensor]) ->
         if nodes[name].name != name:
             raise ArtifactError(f"a node named {name!r}", "a name that Python does not reserve",
                                 "save the model again")
-    signature = _decode_signature(document["signature"])
-    _check_ends(list(nodes.values()), signature)
     graph.lint()
-    return Program(fx.GraphModule(read, graph), signature, "lowered",
-                   **_decode_records(document["records"]))
+    return fx.GraphModule(read, graph)
+
+
+def encode_value(value: Any) -> Json:
+    """A number, text, list, dtype or None."""
+    return _encode_arg(value)
+
+
+def decode_value(value: Json) -> Any:
+    """The value that `encode_value` wrote."""
+    return _decode_arg(value, {})
 
 
 def _check_ends(nodes: list[fx.Node], signature: Signature) -> None:

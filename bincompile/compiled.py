@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +17,12 @@ from bincompile.record import parsed
 from bincompile.report import Report
 from bincompile.runtime.executor import Executable, settle
 from bincompile.runtime.holdings import holdings
+from bincompile.steps import StepProgram
+
+if TYPE_CHECKING:
+    from bincompile.step_function import StepFunction
+    from bincompile.stream import Stream
+    from bincompile.stream_form import StreamForm
 
 
 class CompiledModel:
@@ -42,6 +49,13 @@ class CompiledModel:
     def __init__(self, program: Program, executable: Executable, target: Target) -> None:
         self._program, self._executable = settle(program, executable)
         self._target = target
+        self._form: StreamForm | None = None
+
+    def with_form(self, form: StreamForm) -> CompiledModel:
+        """The same with a form for streams; what was given must not be used again."""
+        made = copy.copy(self)
+        made._form = form.settled()
+        return made
 
     @property
     def program(self) -> Program:
@@ -61,7 +75,12 @@ class CompiledModel:
     @property
     def report(self) -> Report:
         """What was found, proven, rewritten and refused."""
-        return Report.of(self._program, self._executable.kernels)
+        return Report.of(self._program, self._executable.kernels, self.steps)
+
+    @property
+    def steps(self) -> StepProgram | None:
+        """The program of one step; None without `continual=`."""
+        return None if self._form is None else self._form.steps
 
     @property
     def choices(self) -> dict[str, str]:
@@ -89,7 +108,8 @@ class CompiledModel:
             >>> compiled.holdings["bits"] * 32 == layer.weight.nbytes
             True
         """
-        return holdings(self._program, self._executable)
+        pairs = [(self._program, self._executable)]
+        return holdings(*pairs, *(() if self._form is None else self._form.programs))
 
     def explain(self, args: tuple[Any, ...] | None = None,
                 kwargs: dict[str, Any] | None = None, *, repeats: int = 30,
@@ -119,13 +139,47 @@ class CompiledModel:
         """Write the program to one file that `bincompile.load` reads; see `bincompile.artifact`."""
         from bincompile.artifact import save
 
-        save(self._program, self._executable.kernels, path)
+        save(self._program, self._executable.kernels, path, self._form)
 
-    def stream(self, batch_size: int = 1) -> Any:
-        """One step at a time; only for a model compiled with `continual=`."""
-        raise ContinualError("stream() of a model that was not compiled with continual=",
-                             "a continual program", "continual= is not available yet; call the "
-                             "compiled model on the whole window")
+    def stream(self, batch_size: int = 1, **statics: Any) -> Stream:
+        """Rows of tokens that are taken one step at a time; see `Stream`.
+
+        Args:
+            batch_size: how many rows.
+            statics: by name, the model's inputs that do not change with time, for those rows.
+
+        Raises:
+            ContinualError: the model was compiled without `continual=`.
+            InputError: a number of rows, or an input of a wrong size, or one that is missing.
+            InputTypeError: an input of a wrong type, or of a name that is not known.
+
+        Example:
+            >>> import torch, bincompile as bc
+            >>> model = torch.nn.GRU(4, 8, batch_first=True).eval()
+            >>> x = torch.randn(3, 5, 4)
+            >>> stream = bc.optimize(model, (x,), continual=bc.Continual()).stream(3)
+            >>> y = [stream.step(x[:, t])[0] for t in range(5)]
+            >>> torch.allclose(torch.stack(y, 1), model(x)[0], atol=1e-5)
+            True
+        """
+        from bincompile.stream import Stream
+
+        form = self._streaming("stream()")
+        return Stream(form, form.rows(batch_size, statics))
+
+    @property
+    def step_function(self) -> StepFunction:
+        """One step as a pure function of tensors, which torch.export takes; see `StepFunction`."""
+        from bincompile.step_function import StepFunction
+
+        return StepFunction(self._streaming("step_function"))
+
+    def _streaming(self, what: str) -> StreamForm:
+        if self._form is None:
+            raise ContinualError(f"{what} of a model that was not compiled with continual=",
+                                 "a model compiled with continual=",
+                                 "optimize(model, args, continual=64), or bc.Continual(...)")
+        return self._form
 
     def __repr__(self) -> str:
         return f"CompiledModel({self.report.summary()}; {self._target})"
@@ -158,7 +212,7 @@ class DeferredModel(CompiledModel):
         self.variants: list[CompiledModel] = []
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("_program", "_executable", "_target"):
+        if name not in ("_program", "_executable", "_target", "_form"):
             raise AttributeError(name)
         if not self.variants:
             raise ConfigError("a model that was not captured yet",

@@ -56,6 +56,14 @@ class ContinualError(BincompileError, RuntimeError):
     """The model can't run one step at a time and give the same values."""
 
 
+class StreamBusyError(BincompileError, RuntimeError):
+    """Two calls of one stream at the same time."""
+
+
+class StreamClosedError(BincompileError, RuntimeError):
+    """A call of a stream that was closed."""
+
+
 class KernelError(BincompileError, RuntimeError):
     """A kernel can't be compiled, loaded or run on this machine."""
 

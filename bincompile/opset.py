@@ -1,7 +1,8 @@
 """The closed list of what a saved graph may call: pure functions of tensors and sizes.
 
-None of them reads a file, keeps state, or changes its arguments. A file that names anything else
-is refused, and so is saving a program that calls anything else.
+None of them reads a file or keeps state, and none changes its arguments but operators of streams,
+which write to the states that they are given: a loaded program may do that only there. A file that
+names anything else is refused, and so is saving a program that calls anything else.
 """
 
 from __future__ import annotations

@@ -14,12 +14,14 @@ from typing import Any
 from bincompile.errors import ConfigError
 from bincompile.program import Program
 from bincompile.record import Evidence, Match, Refusal, Rewrite
+from bincompile.steps import StepProgram
 from bincompile.views.cells import HEADERS, match_cells, refusal_cells, rewrite_cells
 from bincompile.views.dot import to_dot
 from bincompile.views.graph import GraphView
 from bincompile.views.marks import marks
 from bincompile.views.notebook import report_cell
 from bincompile.views.page import page, write_whole
+from bincompile.views.streaming import Streaming
 
 ORIGINALS = ("captured", "normal", "matched", "validated")  # before the first rewrite
 
@@ -35,6 +37,7 @@ class Report:
         notes: other decisions a reader should know of.
         program: the program that they are of, with its earlier stages; its graphs are shown by
             `to_html` and `to_dot`.
+        streaming: what its steps equal, and how that was proven; None where it has none.
 
     Example:
         >>> import torch, bincompile as bc
@@ -48,14 +51,23 @@ class Report:
     refusals: tuple[Refusal, ...] = ()
     notes: tuple[str, ...] = ()
     program: Program | None = dataclasses.field(default=None, repr=False, compare=False)
+    streaming: Streaming | None = None
 
     @classmethod
-    def of(cls, program: Program, kernels: Mapping[str, str] | None = None) -> Report:
-        """The report of a program; `kernels` names the kernel that runs each node."""
+    def of(cls, program: Program, kernels: Mapping[str, str] | None = None,
+           steps: StepProgram | None = None) -> Report:
+        """The report of a program.
+
+        Args:
+            program: what it is of.
+            kernels: the kernel that runs each node.
+            steps: the program of one step, where the model streams.
+        """
         chosen = kernels or {}
         rewrites = tuple(dataclasses.replace(r, kernel=chosen.get(r.node, r.kernel))
                          for r in program.rewrites)
-        return cls(program.matches, rewrites, program.refusals, program.notes, program)
+        streaming = None if steps is None else Streaming.of(steps)
+        return cls(program.matches, rewrites, program.refusals, program.notes, program, streaming)
 
     @property
     def lossy(self) -> bool:
@@ -96,7 +108,7 @@ class Report:
             True
         """
         write_whole(path, page(self.summary(), self.matches, self.rewrites, self.refusals,
-                               self.notes, self.graphs))
+                               self.notes, self.graphs, self._stream_cells))
 
     def to_dot(self, side: str | None = None) -> str:
         """The graph "before" or "after" as DOT text: modules are clusters, matches coloured.
@@ -125,7 +137,12 @@ class Report:
         return to_dot(self.graphs[side], found, side)
 
     def _repr_html_(self) -> str:
-        return report_cell(self.summary(), self.matches, self.rewrites, self.refusals, self.notes)
+        return report_cell(self.summary(), self.matches, self.rewrites, self.refusals, self.notes,
+                           self._stream_cells)
+
+    @property
+    def _stream_cells(self) -> list[tuple[str, str]]:
+        return [] if self.streaming is None else self.streaming.cells
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy for another process keeps the text of the graphs, not the weights."""
@@ -140,6 +157,7 @@ class Report:
             "rewrites": [plain(_fields(r)) for r in self.rewrites],
             "refusals": [plain(_fields(r)) for r in self.refusals],
             "notes": list(self.notes),
+            "streaming": None if self.streaming is None else self.streaming.to_dict(),
         }
 
     def to_json(self) -> str:
@@ -149,7 +167,7 @@ class Report:
     def __str__(self) -> str:
         rows = {"matches": map(match_cells, self.matches),
                 "rewrites": map(rewrite_cells, self.rewrites),
-                "refusals": map(refusal_cells, self.refusals)}
+                "refusals": map(refusal_cells, self.refusals), "streaming": self._stream_cells}
         tables = [f"{title}\n{table(header, rows[title])}" for title, header in HEADERS.items()
                   if getattr(self, title)]
         if self.notes:

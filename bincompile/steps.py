@@ -134,3 +134,7 @@ class StepProgram:
     def valid(self, clock: int) -> bool:
         """Whether the step that a row takes after `clock` others has a valid answer."""
         return clock >= self.first and (clock - self.delay) % self.rate == 0
+
+    def valid_at(self, clock: torch.Tensor) -> torch.Tensor:
+        """The same for a tensor of clocks."""
+        return (clock >= self.first) & ((clock - self.delay) % self.rate == 0)

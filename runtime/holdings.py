@@ -1,4 +1,4 @@
-"""Which memory a compiled program holds: what its code, its kernels and its stages can reach."""
+"""Which memory compiled programs hold: what its code, its kernels and its stages can reach."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bincompile.stages import StageModule
 _WORDS = (torch.uint8, torch.int8, torch.uint16, torch.uint32, torch.uint64)
 
 
-def holdings(program: Program, executable: Executable) -> dict[str, int]:
+def holdings(*programs: tuple[Program, Executable]) -> dict[str, int]:
     """Bytes by what they are: "bits" (packed), "numbers" (all other tensors) and "planned".
 
     A piece of memory counts once, whole, however many tensors lie in it; memory of the user's model
@@ -30,8 +30,9 @@ def holdings(program: Program, executable: Executable) -> dict[str, int]:
     inside the program, which is there from the second call at some sizes on.
     """
     found: dict[int, tuple[str, int]] = {}
-    for tensor in _tensors([executable.function, *executable.bound.values(),
-                            *(stage.graph_module for stage in program.stages)]):
+    for tensor in _tensors([root for program, executable in programs
+                            for root in (executable.function, *executable.bound.values(),
+                                         *(stage.graph_module for stage in program.stages))]):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in found:
             kind = "bits" if tensor.dtype in _WORDS else "numbers"
@@ -39,7 +40,7 @@ def holdings(program: Program, executable: Executable) -> dict[str, int]:
     total = dict.fromkeys(("bits", "numbers", "planned"), 0)
     for kind, size in found.values():
         total[kind] += size
-    return total | {"planned": executable.memory.nbytes}
+    return total | {"planned": sum(executable.memory.nbytes for _, executable in programs)}
 
 
 def _tensors(roots: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -11,6 +11,7 @@ HEADERS = {
     "matches": ("path", "operator", "attributes", "proof"),
     "rewrites": ("path", "operator", "kind", "kernel", "bytes", "now", "error"),
     "refusals": ("path", "operator", "node", "reason", "source"),
+    "streaming": ("what", "value"),
 }
 
 

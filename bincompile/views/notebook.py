@@ -17,10 +17,11 @@ _CELL = "text-align:left;padding:2px 12px 2px 0;vertical-align:top"
 
 
 def report_cell(summary: str, matches: Sequence[Match], rewrites: Sequence[Rewrite],
-                refusals: Sequence[Refusal], notes: Sequence[str]) -> str:
+                refusals: Sequence[Refusal], notes: Sequence[str],
+                streaming: Sequence[tuple[str, str]] = ()) -> str:
     """The records of a report."""
     tables = (("matches", map(match_cells, matches)), ("rewrites", map(rewrite_cells, rewrites)),
-              ("refusals", map(refusal_cells, refusals)),
+              ("refusals", map(refusal_cells, refusals)), ("streaming", streaming),
               ("notes", ((note,) for note in notes)))
     inside = "".join(_table(name, HEADERS.get(name, ()), list(rows)) for name, rows in tables)
     return f"<div><p><b>{escape(summary)}</b></p>{inside}</div>"

@@ -14,7 +14,7 @@ from typing import Any
 
 from bincompile.errors import ConfigError
 from bincompile.record import Evidence, Match, Refusal, Rewrite
-from bincompile.views.cells import attribute_texts, proof, short_source
+from bincompile.views.cells import HEADERS, attribute_texts, proof, short_source
 from bincompile.views.graph import GraphView
 from bincompile.views.listing import Sources, listing
 from bincompile.views.marks import Mark, marks, rewrites_of
@@ -27,7 +27,7 @@ ABSENT = {
 
 def page(summary: str, matches: Sequence[Match], rewrites: Sequence[Rewrite],
          refusals: Sequence[Refusal], notes: Sequence[str],
-         graphs: Mapping[str, GraphView]) -> str:
+         graphs: Mapping[str, GraphView], streaming: Sequence[tuple[str, str]] = ()) -> str:
     """The whole page as text."""
     after = graphs.get("after")
     found = marks(matches, rewrites, refusals, after)
@@ -42,6 +42,9 @@ def page(summary: str, matches: Sequence[Match], rewrites: Sequence[Rewrite],
                   for i, r in enumerate(rewrites)]),
         _section("refusals", "Refused", ("operator", "module", "node", "reason", "source"),
                  [_refusal_row(r, by_key[f"refusal-{i}"]) for i, r in enumerate(refusals)]),
+        _section("streaming", "Streaming", HEADERS["streaming"],
+                 [f"<tr><td>{escape(what)}</td><td>{escape(value)}</td></tr>"
+                  for what, value in streaming]),
         _notes(notes),
     )
     panels = [_panel(side, graphs, found, sources) for side in ("before", "after")]

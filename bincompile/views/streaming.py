@@ -1,0 +1,83 @@
+"""What a report says of a streaming form."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from bincompile.record import Evidence
+from bincompile.steps import StepProgram
+
+
+@dataclasses.dataclass(frozen=True)
+class Streaming:
+    """The steps of a model: what they equal, how that was proven, and what they remember.
+
+    Args:
+        semantics: what a step equals, e.g. "banded(64), truncates".
+        inputs: of the model, those that a step takes one token of.
+        windows: module path of each attention or pooling, and tokens that it sees; None: all.
+        receptive_field: tokens that an answer depends on; None: all since the row began.
+        rate: steps between two answers.
+        delay: steps from a token to the answer for it.
+        first: the first step, from 0, with a valid answer.
+        limit: steps that a row can take; None: no limit.
+        state_bytes: bytes for each row, before anything has grown.
+        grows: whether a row needs more bytes as its stream goes on.
+        evidence: the proofs; empty before them.
+        notes: what else a reader should know.
+    """
+
+    semantics: str
+    inputs: tuple[str, ...]
+    windows: tuple[tuple[str, int | None], ...]
+    receptive_field: int | None
+    rate: int
+    delay: int
+    first: int
+    limit: int | None
+    state_bytes: int
+    grows: bool
+    evidence: tuple[Evidence, ...]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, steps: StepProgram) -> Streaming:
+        """What there is to say of a step program."""
+        return cls(steps.semantics, tuple(known.name for known in steps.inputs), steps.windows,
+                   steps.receptive_field, steps.rate, steps.delay, steps.first, steps.limit,
+                   steps.nbytes, any(s.grows is not None for s in steps.states),
+                   steps.evidence, steps.notes)
+
+    @property
+    def cells(self) -> list[tuple[str, str]]:
+        """Rows of a table: what, and how much."""
+        tokens = "all since the row began"
+        rows = [("equals", self.semantics), ("one token of", ", ".join(self.inputs))]
+        rows += [(path or "(root)", f"sees {tokens if window is None else f'{window} tokens'}")
+                 for path, window in self.windows]
+        rows += [("receptive field", tokens if self.receptive_field is None
+                  else f"{self.receptive_field} tokens"),
+                 ("first answer", f"step {self.first}" if self.first else "step 0, the first"),
+                 ("answers", "every step" if self.rate == 1 else f"every {self.rate} steps"),
+                 ("delay", f"{self.delay} steps" if self.delay else ""),
+                 ("limit", "" if self.limit is None else f"{self.limit:,} steps"),
+                 ("state", f"{self.state_bytes:,} bytes a row"
+                  + (", and more as it goes on" if self.grows else "")),
+                 *(("proof", _proof(found)) for found in self.evidence),
+                 *(("proof", "not made") for _ in range(not self.evidence)),
+                 *(("note", note) for note in self.notes)]
+        return [row for row in rows if row[1]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in types that JSON has."""
+        found = dataclasses.asdict(self)
+        return {**found, "inputs": list(self.inputs), "notes": list(self.notes),
+                "windows": [{"path": path, "tokens": tokens} for path, tokens in self.windows],
+                "evidence": [{**dataclasses.asdict(e), "passed": e.passed}
+                             for e in self.evidence]}
+
+
+def _proof(found: Evidence) -> str:
+    return (f"{'' if found.passed else 'failed: '}{found.max_error:.1e} of {found.limit:.0e}, "
+            f"{found.trials:,} steps in {found.dtype}")
