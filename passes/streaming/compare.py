@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from bincompile.passes.streaming.draw import Sequences
-from bincompile.passes.streaming.reference import Reference, lengths_allowed
+from bincompile.passes.streaming.reference import Reference, arranged, lengths_allowed
 from bincompile.passes.streaming.span import Span
 from bincompile.passes.validate import FLOOR
-from bincompile.steps import StepProgram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +43,14 @@ class Expected:
         shortest = max(lengths_allowed(reference.program, t)[0] for t in steps.inputs)
         timed: list[torch.Tensor | None] = [None] * len(steps.answers)
         if any(axis is not None for axis in steps.answers):
-            whole = normal(steps, reference, reference(sequences))
             timed = [v if axis is not None else None
-                     for v, axis in zip(whole, steps.answers, strict=True)]
+                     for v, axis in zip(reference(sequences), steps.answers, strict=True)]
         sampled = dict[int, tuple[torch.Tensor, ...]]()
         if any(value is None for value in timed):
             for step in span.sampled(span.samples):
                 if steps.valid(step) and step + 1 >= shortest and reference.length in (
                         None, step + 1):
-                    sampled[step] = tuple(normal(steps, reference,
-                                                 reference(sequences.until(step + 1))))
+                    sampled[step] = tuple(reference(sequences.until(step + 1)))
         return cls(reference, tuple(timed), sampled)
 
     @property
@@ -75,31 +72,18 @@ class Expected:
 def _of_windows(reference: Reference, sequences: Sequences, chosen: list[int], window: int,
                 ) -> dict[int, tuple[torch.Tensor, ...]]:
     """All outputs on the last tokens up to each step; on all so far where those are fewer."""
-    steps, found = reference.steps, dict[int, tuple[torch.Tensor, ...]]()
+    found = dict[int, tuple[torch.Tensor, ...]]()
     rows = torch.arange(len(sequences.owners))
     full = [step for step in chosen if step >= window - 1]
     for step in chosen:
         if step < window - 1:
-            found[step] = tuple(normal(steps, reference, reference(sequences.until(step + 1))))
+            found[step] = tuple(reference(sequences.until(step + 1)))
     if full:
         ends = torch.tensor(full).repeat_interleave(len(rows))
-        every = normal(steps, reference, reference(
-            sequences.windows(rows.repeat(len(full)), ends, window)))
+        every = reference(sequences.windows(rows.repeat(len(full)), ends, window))
         for place, step in enumerate(full):
             part = slice(place * len(rows), (place + 1) * len(rows))
             found[step] = tuple(value[part] for value in every)
-    return found
-
-
-def normal(steps: StepProgram, reference: Reference, values: Sequence[torch.Tensor],
-           ) -> list[torch.Tensor]:
-    """Outputs, rows first, with the axis of time, where there is one, behind the rows."""
-    found = list[torch.Tensor]()
-    for value, time, rows in zip(values, steps.answers, reference.rows_axes, strict=True):
-        if time is not None:
-            place = time if rows is not None and rows < time else time + 1
-            value = value.movedim(place, 1)
-        found.append(value)
     return found
 
 
@@ -132,8 +116,8 @@ class Comparison:
         """The flat outputs of one step of these rows at these clocks."""
         reference = self.expected.reference
         steps, compared = reference.steps, False
-        found = normal(steps, reference, [reference.rows_first(v, i, len(rows))
-                                          for i, v in enumerate(values)])
+        found = [arranged(torch.as_tensor(value), axes, len(rows))
+                 for value, axes in zip(values, reference.axes, strict=True)]
         for place, (row, clock) in enumerate(zip(rows, clocks, strict=True)):
             if not steps.valid(clock):
                 continue

@@ -14,8 +14,10 @@ from torch import fx
 
 from bincompile.passes.graph import value_of
 from bincompile.passes.sizes import equal
-from bincompile.passes.streaming.double import References, doubled, wide
+from bincompile.passes.streaming.analysis import Analysis
+from bincompile.passes.streaming.double import doubled, wide
 from bincompile.passes.streaming.draw import Sequences, batch_size
+from bincompile.passes.streaming.kinds import BATCH, PLAIN, TIME, Axes
 from bincompile.program import Program
 from bincompile.steps import StepProgram, TimeInput
 
@@ -34,7 +36,7 @@ class Reference:
         batch: rows of one call where the capture fixed them; 0 where a call has no batch axis;
             None where there may be any number.
         length: tokens of one call where the capture fixed them, else None.
-        rows_axes: for each flat output the axis of the rows, None where it has none.
+        axes: for each flat output what its axes hold.
     """
 
     steps: StepProgram
@@ -43,34 +45,32 @@ class Reference:
     double: bool
     batch: int | None
     length: int | None
-    rows_axes: tuple[int | None, ...]
+    axes: tuple[Axes, ...]
 
     @classmethod
-    def of(cls, steps: StepProgram, program: Program, references: References,
+    def of(cls, steps: StepProgram, program: Program, analysis: Analysis,
            double: bool = True) -> Reference:
-        """The reference of these steps; `references` stand for nodes of the program."""
+        """The reference of these steps, as the analysis says that the program's nodes run."""
         nodes = program.graph.find_nodes(op="placeholder")
         first = steps.inputs[0]
         length = value_of(nodes[first.position]).shape[first.time_axis]
         size = batch_size(nodes, steps.inputs)
         batch = 0 if size is None else size if isinstance(size, int) else None
-        function = doubled(program.graph_module, references, double)
+        function = doubled(program.graph_module, analysis.references, double)
         return cls(steps, program, function, double, batch,
-                   length if isinstance(length, int) else None, rows_axes(steps))
+                   length if isinstance(length, int) else None,
+                   tuple(analysis.facts.kind(n).axes for n in _outputs(program)))
 
     def __call__(self, sequences: Sequences) -> list[torch.Tensor]:
-        """The flat outputs, those with an axis of rows with that axis first.
-
-        An output without one has the rows of the sequences nevertheless: it is the same for all.
-        """
+        """The flat outputs, each `arranged`."""
         rows, parts = sequences.tokens[0].shape[0], list[list[torch.Tensor]]()
         size = self._rows_at_once(rows, sequences.length)
         for start in range(0, rows, size):
             chosen = torch.arange(start, start + size).clamp_max(rows - 1)
             found = self._call(sequences, chosen)
             count = min(size, rows - start)
-            parts.append([self.rows_first(value, index, size)[:count]
-                          for index, value in enumerate(found)])
+            parts.append([arranged(value, axes, size)[:count]
+                          for value, axes in zip(found, self.axes, strict=True)])
         return [torch.cat(values) for values in zip(*parts, strict=True)]
 
     def _rows_at_once(self, rows: int, length: int) -> int:
@@ -91,25 +91,21 @@ class Reference:
             return [v if isinstance(v, torch.Tensor) else torch.as_tensor(v)
                     for v in self.function(*(map(wide, flat) if self.double else flat))]
 
-    def rows_first(self, value: torch.Tensor, index: int, rows: int) -> torch.Tensor:
-        """A flat output with the axis of its rows first; the same for all where it has none."""
-        axis = self.rows_axes[index]
-        return value.expand(rows, *value.shape) if axis is None else value.movedim(axis, 0)
+
+def arranged(value: torch.Tensor, axes: Axes, rows: int) -> torch.Tensor:
+    """A value with its rows first and, where it has time, time second; merged axes taken apart.
+
+    A value without rows is the same for all of them.
+    """
+    atoms = [atom for axis in axes for atom in axis]
+    sizes = [rows if a.role == BATCH else -1 if a.role == TIME else int(a.size) for a in atoms]
+    order = [i for role in (BATCH, TIME, PLAIN) for i, a in enumerate(atoms) if a.role == role]
+    found = value.reshape(sizes).permute(order)
+    return found if any(a.role == BATCH for a in atoms) else found.expand(rows, *found.shape)
 
 
-def rows_axes(steps: StepProgram) -> tuple[int | None, ...]:
-    """For each flat output of a step the axis of its rows; None where it has none."""
-    graph = steps.program.graph
-    placeholders = graph.find_nodes(op="placeholder")
-    rows = value_of(placeholders[len(steps.inputs)]).shape[0]
-    if not steps.inputs[0].batched:
-        return (None,) * len(steps.answers)
-    found = list[int | None]()
-    for node, time in zip(graph.output_node().args[0], steps.answers, strict=True):
-        sizes = value_of(node).shape if isinstance(node, fx.Node) else ()
-        found.append(next((axis for axis, size in enumerate(sizes)
-                           if axis != time and equal(size, rows)), None))
-    return tuple(found)
+def _outputs(program: Program) -> tuple[fx.Node, ...]:
+    return tuple(program.graph.output_node().args[0])
 
 
 def placed(tokens: torch.Tensor, taken: TimeInput, time: int) -> torch.Tensor:

@@ -51,6 +51,8 @@ class Stepper:
         self.grow(int(self.clock[rows].max()))
         flat = [placed(token, taken, 1)
                 for token, taken in zip(tokens, self.steps.inputs, strict=True)]
+        if self.double:
+            flat = list(map(wide, flat))
         with torch.no_grad():
             return self.function(*flat, rows, self.clock, *self.states)
 
