@@ -74,6 +74,7 @@ class StepBuilder:
         self.mode = FakeTensorMode(shape_env=ShapeEnv())
         self._made: dict[fx.Node, Any] = {}
         self.shared: dict[Any, fx.Node] = {}
+        self._named: set[fx.Node] = set()
         self._node: fx.Node | None = None
         self._end = self.graph.output(())
         self._place_inputs()
@@ -119,7 +120,8 @@ class StepBuilder:
 
     def constant(self, tensor: torch.Tensor, name: str) -> fx.Node:
         """The node of a tensor that the step program stores beside those of the model."""
-        unique = _unique(f"step_{name}", {*self.constants, *dict(self.facts.module.named_buffers())})
+        taken = {*self.constants, *dict(self.facts.module.named_buffers())}
+        unique = _unique(f"step_{name}", taken)
         self.constants[unique] = tensor
         return self._get_attr(unique, tensor)
 
@@ -222,8 +224,11 @@ class StepBuilder:
         return self._made[arg]
 
     def emitted(self, node: fx.Node, made: Any) -> None:
-        """Keep the step node of a model's node."""
+        """Keep the step node of a model's node, under the same name."""
         self._made[node] = made
+        if made not in self._named and made.op == "call_function":
+            self._named.add(made)
+            made._rename(node.name)
 
     def at(self, node: fx.Node) -> None:
         """Say which node of the model is at hand."""

@@ -103,10 +103,17 @@ def indexed(build: StepBuilder, arg: fx.Node, kind: Indexed, like: Any, extent: 
     if isinstance(like, Windowed):
         found = free.emit_windowed(arg, build, like.window)
         return build.newest(found, axis, like.window, extent)
+    return _by_row(build, by_index(build, arg, like), axis - len(kind.axes), like)
+
+
+def by_index(build: StepBuilder, arg: fx.Node, like: Any) -> fx.Node:
+    """A value of the index alone, with the M indices of this step where it has time."""
+    from bincompile.passes.streaming import free
+
     key = ("indexed", arg, like.rate, like.delay)
     if key not in build.shared:
         build.shared[key] = free.emit_indexed(arg, build, like.rate, like.delay)
-    return _by_row(build, build.shared[key], axis - len(kind.axes), like)
+    return build.shared[key]
 
 
 def table(build: StepBuilder, arg: fx.Node, kind: Still, like: Any, extent: int) -> fx.Node:
@@ -150,6 +157,8 @@ def _by_row(build: StepBuilder, found: fx.Node, time: int, like: Any) -> fx.Node
         found = reshaped(build, found, [*(1,) * (-at - len(shape_of(found))),
                                         *_given(build, found)])
     if at != time:
+        if shape_of(found)[at] != 1:
+            raise Refused("joins rows of the batch with a stored tensor that has some for each")
         found = build.call(aten.transpose.int, found, at, time)
     others = [atom for atom in like.axes[batch] if atom.role == PLAIN]
     if not others:

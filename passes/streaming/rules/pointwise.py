@@ -37,7 +37,8 @@ MANY = (
 )
 
 
-def _overloads(names: tuple[str, ...]) -> tuple[Any, ...]:
+def overloads(names: tuple[str, ...]) -> tuple[Any, ...]:
+    """The overloads of these names that make new values from tensors and numbers alone."""
     packets = (getattr(aten, name) for name in names if hasattr(aten, name))
     return tuple(getattr(packet, kind) for packet in packets for kind in packet.overloads()
                  if _is_functional(getattr(packet, kind)))
@@ -65,4 +66,4 @@ def emit(node: fx.Node, build: StepBuilder) -> fx.Node:
                       **fx.node.map_arg(dict(node.kwargs), read))
 
 
-pointwise = Rule(_overloads((*UNARY, *MANY)), kind, emit)
+pointwise = Rule(overloads((*UNARY, *MANY)), kind, emit)
