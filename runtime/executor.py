@@ -16,7 +16,7 @@ from bincompile.program import Program, attribute
 from bincompile.runtime.buffers import Memory
 from bincompile.runtime.forms import restorer
 from bincompile.runtime.kernels import Call, Dynamic, choose, explain
-from bincompile.runtime.straight_line import straight_line
+from bincompile.runtime.straight_line import observed, straight_line
 from bincompile.runtime.tvm import prepare
 from bincompile.stages import settled
 
@@ -35,6 +35,7 @@ class Executable:
         bound: the same nodes' kernels, as functions of the calls' run-time arguments.
         function: the code itself.
         memory: where its results inside lie.
+        observed: makes the same code with every call left to a function; see `observed`.
     """
 
     kernels: Mapping[str, str]
@@ -42,6 +43,7 @@ class Executable:
     bound: Mapping[str, Callable[..., Any]]
     function: Callable[..., tuple[Any, ...]]
     memory: Memory
+    observed: Callable[[], Callable[..., tuple[Any, ...]]]
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         if not torch.is_grad_enabled():
@@ -83,7 +85,7 @@ def bind(program: Program, target: Target, choices: Mapping[str, str] | None = N
     bound = {name: chosen[name].bind(call) for name, call in calls.items()}
     function, memory = straight_line(program.graph_module, calls, bound)
     return Executable({name: kernel.name for name, kernel in chosen.items()}, calls, bound,
-                      function, memory)
+                      function, memory, observed(program.graph_module, calls, bound))
 
 
 def settle(program: Program, executable: Executable) -> tuple[Program, Executable]:

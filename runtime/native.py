@@ -1,4 +1,4 @@
-"""The thread shim of csrc: where it is, and how kernels get it.
+"""The libraries of csrc: where they are, and how kernels get the thread shim.
 
 A kernel that is linked carries the shim in itself. A kernel that TVM compiles in this process takes
 the one that was registered last, so `share_threads` registers ours after TVM's own.
@@ -22,6 +22,7 @@ from bincompile.runtime.cache import cached, digest
 
 SOURCE = "csrc/openmp_shim.c"
 LIBRARY = "lib/libbincompile_openmp.so"
+REPLAY, REPLAY_LIBRARY = "csrc/replay.c", "lib/libbincompile_replay.so"
 FLAGS = ("-O2", "-fPIC", "-fopenmp", "-shared")
 COMPILERS = ("gcc", "cc", "g++", "clang")
 
@@ -44,11 +45,15 @@ def shim_source() -> Path:
 
 def link(output: str | Path, inputs: Iterable[str | Path]) -> None:
     """Link objects and sources to a shared library that carries the shim."""
+    _make(output, [*inputs, shim_source()])
+
+
+def _make(output: str | Path, inputs: Iterable[str | Path]) -> None:
     program = compiler()
     if program is None:
         raise KernelError("no C compiler", ", ".join(COMPILERS),
                           "install one, or set CC to its path")
-    command = [program, *FLAGS, *map(str, inputs), str(shim_source()), "-o", str(output)]
+    command = [program, *FLAGS, *map(str, inputs), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise KernelError(f"{program} failed: {done.stderr.strip()[-500:]}",
@@ -61,19 +66,28 @@ def shim_library() -> Path | None:
 
     None if there is no C compiler either.
     """
-    prebuilt = _find(LIBRARY)
-    if prebuilt is not None:
-        return prebuilt
-    program = compiler()
-    if program is None:
+    return _library(LIBRARY, SOURCE)
+
+
+@functools.cache
+def replay_library() -> Path | None:
+    """The library of recorded steps, found or made like the shim."""
+    return _library(REPLAY_LIBRARY, REPLAY)
+
+
+def _library(prebuilt: str, source: str) -> Path | None:
+    found, text, program = _find(prebuilt), _find(source), compiler()
+    if found is not None:
+        return found
+    if program is None or text is None:
         return None
-    name = f"shim-{digest(shim_source().read_text(), program, *FLAGS)}.so"
+    name = f"{text.stem}-{digest(text.read_text(), program, *FLAGS)}.so"
     try:
-        return cached(name, lambda path: link(path, ()))
+        return cached(name, lambda path: _make(path, [text]))
     except OSError:
         folder = Path(tempfile.mkdtemp(prefix="bincompile-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        link(folder / name, ())
+        _make(folder / name, [text])
         return folder / name
 
 

@@ -52,6 +52,24 @@ def straight_line(module: fx.GraphModule, calls: Mapping[str, Call],
     return writer.scope["again"], memory
 
 
+def observed(module: fx.GraphModule, calls: Mapping[str, Call],
+             bound: Mapping[str, Callable[..., Any]]) -> Callable[[], Callable[..., Any]]:
+    """What makes the function of `each` and the flat inputs that runs every node by `each`.
+
+    `each(node, function, args, kwargs)` gives the node's value; of our operators `args` are the
+    run-time values that the kernel takes.
+    """
+    writer = _Writer(module, calls, bound, {}, Memory(()))
+    source, scope = writer.observed(), writer.scope
+
+    def make() -> Callable[..., Any]:
+        if "observed" not in scope:
+            exec(compile(source, FILE, "exec"), scope)
+        return scope["observed"]
+
+    return make
+
+
 class _Writer:
     """Writes the function's text; values that have no text are in the scope that it runs in."""
 
@@ -81,6 +99,30 @@ class _Writer:
     def unplanned(self, name: str) -> str:
         """The function that plans no result."""
         return self.function(name, [*self.body(self.plain), *self.result()])
+
+    def observed(self) -> str:
+        """The function that leaves every call to `each`."""
+        lines = []
+        for node in self.module.graph.nodes:
+            if node.op not in ("placeholder", "get_attr", "output"):
+                name, (function, args, kwargs) = self.names[node], self.parts(node)
+                lines.append(f"{name} = each({node.name!r}, {function}, {args}, {kwargs})")
+        given = ", ".join(("each", *map(self.names.__getitem__, self.inputs)))
+        return "".join([f"def observed({given}):\n",
+                        *(f"    {line}\n" for line in [*lines, *self.result()])])
+
+    def parts(self, node: fx.Node) -> tuple[str, str, str]:
+        """The text of what a node calls, of its arguments and of its named arguments."""
+        if node.name in self.bound:
+            kernel = self.held(self.bound[node.name], f"k_{self.names[node]}")
+            return kernel, f"({self.values(node)})", "{}"
+        target: Any = node.target
+        if node.op == "call_method":
+            target = getattr(torch.Tensor, node.target)
+        elif node.op == "call_module":
+            target = attribute(self.module, node.target)
+        function = self.held(target, f"f_{self.names[node]}")
+        return function, self.text(node.args), self.text(dict(node.kwargs))
 
     def planned(self) -> str:
         """The functions for sizes that are new and for sizes that are known, and their parts."""

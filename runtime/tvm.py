@@ -23,6 +23,7 @@ from bincompile.config import INSTRUCTION_SETS, Target, cache_dir
 from bincompile.errors import KernelError
 from bincompile.runtime import native
 from bincompile.runtime.cache import cached, digest, is_intact
+from bincompile.runtime.recording import Functions
 
 _SCHEDULES = "bincompile.runtime.schedules"
 _PATIENCE = 1.0  # seconds after which the user is told what he waits for
@@ -186,7 +187,7 @@ def _open(path: Path) -> Any:
 
     if "tvm" in sys.modules:  # its threads are registered, and would win over the library's own
         native.share_threads()
-    return tvm_ffi.load_module(str(path))
+    return Functions(tvm_ffi.load_module(str(path)))
 
 
 def _compile(recipe: Recipe, target: Target) -> Any:
@@ -225,4 +226,4 @@ def _just_in_time(recipe: Recipe, target: Target, reason: str) -> Any:
     shared = native.share_threads()
     _warn(f"{reason}: kernels are compiled anew in every process"
           f"{'' if shared else ', with threads of their own'}.")
-    return compiled.jit()
+    return Functions(compiled.jit())
