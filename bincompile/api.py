@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from bincompile.compiled import CompiledModel, DeferredModel
 from bincompile.config import VIOLATIONS, Binary, Continual, Guard, Target
-from bincompile.errors import ConfigError, ContinualError, InputError, InputTypeError
+from bincompile.errors import ConfigError, InputError, InputTypeError
 from bincompile.passes import choose
 from bincompile.passes.binarise import sites
 from bincompile.passes.capture import Captured, capture
@@ -28,6 +28,7 @@ from bincompile.program import Program
 from bincompile.record import Refusal
 from bincompile.report import Report
 from bincompile.runtime.executor import Executable, bind
+from bincompile.stream_form import StreamForm
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def optimize(model: nn.Module | ExportedProgram, args: tuple[Any, ...] | None = 
         binary: lossy, on request: "w1a1" (1-bit weights and activations), "w1a32" (1-bit weights)
             or a `Binary`. It is measured on `calibration` and `holdout` and layers go back to
             float until `guard` holds.
-        continual: a streaming form; not available yet.
+        continual: also make a form that takes one token a step, for `compiled.stream()`: the
+            number of tokens that attention sees, or a `Continual`.
         dynamic_shapes: "auto" (the first two axes of each input may vary, as far as the model
             allows), None (all sizes fixed), or what torch.export takes.
         target: None for this machine, or a `Target`.
@@ -77,6 +79,7 @@ def optimize(model: nn.Module | ExportedProgram, args: tuple[Any, ...] | None = 
         CaptureError: the model has no graph; the message has the user's line.
         ConfigError: an option that does not exist, or a model in training mode.
         AccuracyUnknownError: `binary=` without data and without `guard=None`.
+        ContinualError: `continual=` of a model that can't run one step at a time, and why.
         ProofError: the compiled program disagrees with the model (nothing is returned then).
 
     Example:
@@ -96,8 +99,17 @@ def optimize(model: nn.Module | ExportedProgram, args: tuple[Any, ...] | None = 
 
 
 def inspect(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
-            kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = "auto") -> Report:
+            kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = "auto",
+            continual: Continual | int | None = None) -> Report:
     """A dry run: what would be recognised and proven, and what refused. Nothing is compiled.
+
+    Args:
+        model: as `optimize` takes it.
+        args: positional inputs of one call.
+        kwargs: named inputs of that call.
+        dynamic_shapes: as `optimize` takes it.
+        continual: whether it would stream: what its steps would equal, not proven, or why not,
+            as a refusal.
 
     Example:
         >>> import torch
@@ -107,8 +119,14 @@ def inspect(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
         4
     """
     with one_at_a_time:
-        program = capture(model, *_call(args, kwargs), dynamic_shapes).program
-        return Report.of(run((*EXACT, *LOWER), program))
+        program = run(EXACT, capture(model, *_call(args, kwargs), dynamic_shapes).program)
+        if continual is None:
+            return Report.of(run(LOWER, program))
+        from bincompile.continual import verdict
+
+        steps, refusals = verdict(program, Continual.of(continual))
+        program = dataclasses.replace(program, refusals=(*program.refusals, *refusals))
+        return Report.of(run(LOWER, program), steps=steps)
 
 
 def _call(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -134,6 +152,7 @@ class Options:
     guard: Guard | None = Guard()  # noqa: RUF009  (a frozen value)
     on_violation: str = "fallback"
     choices: Mapping[str, str] | None = None
+    continual: Continual | None = None
 
     @classmethod
     def of(cls, binary: Any = None, continual: Any = None, target: Any = None,
@@ -143,14 +162,12 @@ class Options:
         Raises:
             ConfigError: one that does not exist or does not go with the others.
         """
-        found = cls(Binary.of(binary), Target.of(target), **options)
-        found._check(Continual.of(continual))
+        found = cls(Binary.of(binary), Target.of(target), continual=Continual.of(continual),
+                    **options)
+        found._check()
         return found
 
-    def _check(self, continual: Continual | None) -> None:
-        if continual is not None:
-            raise ContinualError("continual= is not available yet", "continual=None",
-                                 "leave continual= out and call the compiled model on the window")
+    def _check(self) -> None:
         if self.on_violation not in VIOLATIONS:
             raise ConfigError(f"on_violation={self.on_violation!r}",
                               " or ".join(map(repr, VIOLATIONS)), "the on_violation= argument")
@@ -211,18 +228,28 @@ class Options:
                 executable = bind(program, self.target, choose.kernel_names(found))
         return choose.noted(program, found), executable
 
+    def streaming(self, program: Program) -> StreamForm | None:
+        """The program's form for streams, proven; None where none was asked for."""
+        if self.continual is None:
+            return None
+        from bincompile.continual import stream_form
+
+        return stream_form(program, self.continual, self.target)
+
     def compile(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompiledModel:
         """The whole pipeline on one call of the model."""
         captured = self.capture(model, args, kwargs)
         example = _as_called(captured, args, kwargs)
         program = self.rewrite(captured.program, example)
+        form = self.streaming(program)
         try:
-            return self.finish(captured, program, example=example)
+            compiled = self.finish(captured, program, example=example)
         except ResultError as error:
             if program.lossy or not program.matches:
                 raise
             log.warning("no rewrite is kept: %s", error.found)
-            return self.finish(captured, _without_rewrites(program, error), example=example)
+            compiled = self.finish(captured, _without_rewrites(program, error), example=example)
+        return compiled if form is None else compiled.with_form(form)
 
 
 def _as_called(captured: Captured, args: tuple[Any, ...],

@@ -205,6 +205,10 @@ def _options(mode: str | None, options: Mapping[str, Any] | None) -> Options:
     if mode not in (None, "default"):
         raise ConfigError(f"mode={mode!r}", "None or 'default'", "the mode= of torch.compile")
     given = dict(options or {})
+    if given.get("continual") is not None:
+        raise ConfigError("the option 'continual' of torch.compile, whose function takes whole "
+                          "calls", " and ".join(ALLOWED),
+                          "bincompile.optimize(model, args, continual=...).stream()")
     if unknown := sorted(set(given) - set(ALLOWED)):
         raise ConfigError(f"the option {unknown[0]!r}", " and ".join(ALLOWED),
                           "the options= of torch.compile")

@@ -100,6 +100,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
                              "returns (model, args, kwargs)")
 
 
+def _add_continual(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--continual", type=_positive, metavar="TOKENS",
+                        help="also one token at a time, attention over so many")
+
+
 def _add_patterns(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pattern", action="append", default=[], metavar="FILE.py",
                         help="a file with patterns of your own; can be repeated")
@@ -117,6 +122,7 @@ def _own_patterns(options: argparse.Namespace) -> contextlib.AbstractContextMana
 def _add_optimize(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_patterns(parser)
+    _add_continual(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE",
                         help="where to save the compiled model, e.g. out.bcz")
     parser.add_argument("--binary", metavar="PRECISION", help="w1a32 or w1a1: lossy, guarded")
@@ -167,6 +173,7 @@ def _demo(options: argparse.Namespace) -> Outcome:
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     _add_patterns(parser)
+    _add_continual(parser)
     parser.add_argument("--html", type=Path, metavar="FILE",
                         help="also write the report as one page, with the graphs side by side")
     parser.add_argument("--dot", type=Path, metavar="FILE",
@@ -180,7 +187,7 @@ def _inspect(options: argparse.Namespace) -> Outcome:
 
     source = load_source(options.model)
     with _own_patterns(options):
-        report = inspect(source.model, source.args, source.kwargs)
+        report = inspect(source.model, source.args, source.kwargs, continual=options.continual)
     if options.html:
         report.to_html(options.html)
     if options.dot:
@@ -195,7 +202,8 @@ def _optimize(options: argparse.Namespace) -> Outcome:
     asked, source = _lossy_options(options), load_source(options.model)
     with _own_patterns(options):
         compiled = optimize(source.model, source.args, source.kwargs,
-                            choices=_choices(options.choices), **asked)
+                            choices=_choices(options.choices), continual=options.continual,
+                            **asked)
     compiled.save(options.output)
     size = options.output.stat().st_size
     document = {"model": source.name, "output": str(options.output), "bytes": size,

@@ -66,7 +66,7 @@ class Report:
         chosen = kernels or {}
         rewrites = tuple(dataclasses.replace(r, kernel=chosen.get(r.node, r.kernel))
                          for r in program.rewrites)
-        streaming = None if steps is None else Streaming.of(steps)
+        streaming = None if steps is None else Streaming.of(steps, program.signature)
         return cls(program.matches, rewrites, program.refusals, program.notes, program, streaming)
 
     @property

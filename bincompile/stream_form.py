@@ -78,8 +78,10 @@ class StreamForm:
 
     @functools.cached_property
     def call(self) -> TokenCall:
-        """How a step is called."""
-        return TokenCall(self.steps.inputs)
+        """How a step is called: by the names that the model has."""
+        return TokenCall(tuple(
+            dataclasses.replace(known, name=self.signature.inputs[known.position].name)
+            for known in self.steps.inputs))
 
     @functools.cached_property
     def answers(self) -> Answers:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from bincompile.record import Evidence
+from bincompile.signature import Signature
 from bincompile.steps import StepProgram
 
 
@@ -42,9 +43,10 @@ class Streaming:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, steps: StepProgram) -> Streaming:
-        """What there is to say of a step program."""
-        return cls(steps.semantics, tuple(known.name for known in steps.inputs), steps.windows,
+    def of(cls, steps: StepProgram, signature: Signature) -> Streaming:
+        """What there is to say of a step program of a model with this signature."""
+        names = tuple(signature.inputs[known.position].name for known in steps.inputs)
+        return cls(steps.semantics, names, steps.windows,
                    steps.receptive_field, steps.rate, steps.delay, steps.first, steps.limit,
                    steps.nbytes, any(s.grows is not None for s in steps.states),
                    steps.evidence, steps.notes)
