@@ -230,7 +230,7 @@ class _Trials:
             return OPAQUE
         if self.graph.inputs and not dropped:
             return OPAQUE  # some value that was not tried may drop a key
-        return dataclasses.replace(_fitted(samples), padding=bool(self.graph.inputs))
+        return dataclasses.replace(fitted(samples), padding=bool(self.graph.inputs))
 
     def _seen(self, numbers: Assignment, swap: dict[int, int] | None,
               ) -> list[torch.Tensor] | None:
@@ -274,7 +274,7 @@ def _full(number: int) -> Draw:
     return lambda dtype, shape: torch.full(shape, number).to(dtype)
 
 
-def _fitted(samples: Sequence[Sample]) -> Kept:
+def fitted(samples: Sequence[Sample]) -> Kept:
     """The one band that all samples show."""
     for corner in ("top-left", "bottom-right"):
         found = _band(samples, corner)
