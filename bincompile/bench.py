@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ from bincompile.suites import (
     stream_errors,
     targets,
 )
+from bincompile.suites.peers import CONTINUAL
 from bincompile.suites.rows import OURS, Case, Row
 
 MATCH, TARGETS, STREAM = "match", "targets", "stream"
@@ -58,8 +60,8 @@ def run(suite: str, threads: Sequence[int], only: Sequence[str] = (), *,
         quick: follow the errors of "stream" for fewer steps.
 
     Returns:
-        `{"suite", "machine", "load", "rows"}`, of "stream" and "targets" also `"targets"`; a row
-        has `case`,
+        `{"suite", "machine", "load", "absent", "rows"}`, of "stream" and "targets" also
+        `"targets"`; `absent` are peers that are not installed; a row has `case`,
         `threads`, `ms` (median of each candidate), `speedup` (time of each peer over ours),
         `share` (of the machine's limits) and `values`; in "match" also `counts`; `error` instead
         where the case failed. `load` is the machine's load average at the start: other work on
@@ -71,7 +73,8 @@ def run(suite: str, threads: Sequence[int], only: Sequence[str] = (), *,
     """
     if suite not in NAMES:
         raise ConfigError(f"the suite {suite!r}", ", ".join(NAMES), "the suite's name")
-    head = {"suite": suite, "machine": machine(), "load": os.getloadavg()[0]}
+    head = {"suite": suite, "machine": machine(), "load": os.getloadavg()[0],
+            "absent": [] if suite not in (STREAM, TARGETS) else absent()}
     if suite == TARGETS:
         asked = [t for t in targets.TARGETS if not only or t.suite.startswith(tuple(only))
                  or t.case.startswith(tuple(only))]
@@ -89,6 +92,11 @@ def run(suite: str, threads: Sequence[int], only: Sequence[str] = (), *,
                 and (not only or t.case.startswith(tuple(only)))]
     return {**head, "rows": rows, **({"targets": targets.judged(rows, promised)} if promised
                                      else {})}
+
+
+def absent() -> list[str]:
+    """The peers of streams that are not installed."""
+    return [] if importlib.util.find_spec("continual") else [CONTINUAL]
 
 
 def _flags(quick: bool) -> list[str]:
@@ -126,7 +134,9 @@ def table(result: dict[str, Any], *, markdown: bool = False) -> str:
     if timed:
         parts.append(f"{result['suite']}, medians of interleaved rounds, load average "
                      f"{result['load']:.1f} at the start\n{show(*_times(timed))}")
-    return "\n".join([*parts, *broken])
+    without = [f"{name} is not installed, and not measured: pip install 'bincompile[bench]'"
+               for name in result.get("absent", ())]
+    return "\n".join([*parts, *broken, *without])
 
 
 def _times(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
