@@ -29,18 +29,21 @@ def stream_filled(rows, clock, window, rate, delay):
                         dtype=torch.bool).reshape(-1, window)
 
 
-def stream_window(token, ring, rows, clock, window, rate, delay, fill):
+def stream_window(token, ring, rows, clock, window, rate, delay, fill, apart=1, back=0,
+                  last=False):
     out = []
     for place, row, n in ticks(rows, clock, rate, delay):
         ring[row, n % ring.shape[1]] = token[place]
+        wanted = [n - back - apart * age for age in reversed(range(window))]
         entries = [ring[row, i % ring.shape[1]] if i >= 0 else torch.full_like(token[place], fill)
-                   for i in range(n - window + 1, n + 1)]
-        out.append(torch.stack(entries))
-    return stacked(out, token.new_empty(0, window, *token.shape[1:]))
+                   for i in wanted]
+        out.append(torch.stack(entries, -1 if last else 0))
+    shape = (*token.shape[1:], window) if last else (window, *token.shape[1:])
+    return stacked(out, token.new_empty(0, *shape))
 
 
 def stream_shift(token, ring, rows, clock, by, rate, delay, fill):
-    return stream_window(token, ring, rows, clock, by + 1, rate, delay, fill)[:, 0]
+    return stream_window(token, ring, rows, clock, 1, rate, delay, fill, back=by)[:, 0]
 
 
 JOIN: dict[str, Callable[[Any, Any], torch.Tensor]] = {

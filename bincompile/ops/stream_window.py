@@ -1,4 +1,8 @@
-"""The last tokens of a stream, from a ring that the new one is written into."""
+"""The last tokens of a stream, from a ring that the new one is written into.
+
+Entries are `apart` indices from one another, and the newest of them is `back` indices old; with
+`last` they are along the last axis.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +24,22 @@ from bincompile.ops.ticks import (
 )
 
 
-def _reference(token, ring, rows, clock, window, rate=1, delay=0, fill=0.0):
+def _reference(token, ring, rows, clock, window, rate=1, delay=0, fill=0.0, apart=1, back=0,
+               last=False):
     slots, newest = ring.shape[1], index_of(rows, clock, rate, delay)
     ring[rows, newest % slots] = token
-    wanted = newest[:, None] + torch.arange(1 - window, 1, device=rows.device)
+    ages = torch.arange(window - 1, -1, -1, device=rows.device) * apart + back
+    wanted = newest[:, None] - ages
     found = ring[rows[:, None], wanted % slots]
     empty = torch.full((), fill, dtype=ring.dtype, device=ring.device)
-    return torch.where(wide_as(wanted < 0, found), empty, found)
+    out = torch.where(wide_as(wanted < 0, found), empty, found)
+    return out.movedim(1, -1).contiguous() if last else out
 
 
-def _shape(token, ring, rows, clock, window, rate=1, delay=0, fill=0.0):
-    return token.new_empty((token.shape[0], window, *token.shape[1:]))
+def _shape(token, ring, rows, clock, window, rate=1, delay=0, fill=0.0, apart=1, back=0,
+           last=False):
+    shape = (*token.shape[1:], window) if last else (window, *token.shape[1:])
+    return token.new_empty((token.shape[0], *shape))
 
 
 def check_ring(token, ring, rows, clock, reach, rate, delay):
@@ -43,8 +52,13 @@ def check_ring(token, ring, rows, clock, reach, rate, delay):
                          f"1 to {ring.shape[1]}", "the ring, or how far back it is read")
 
 
-def _check(token, ring, rows, clock, window, rate=1, delay=0, fill=0.0):
-    check_ring(token, ring, rows, clock, window, rate, delay)
+def _check(token, ring, rows, clock, window, rate=1, delay=0, fill=0.0, apart=1, back=0,
+           last=False):
+    if apart < 1 or back < 0:
+        raise InputError(f"entries {apart} apart that end {back} back",
+                         "at least 1, and at least 0", "the window")
+    reach = (window - 1) * apart + back + 1 if window > 0 else 0
+    check_ring(token, ring, rows, clock, reach, rate, delay)
 
 
 FORMS = (((), torch.float32, 1, 1), ((3,), torch.float32, 4, 4), ((2, 3), torch.int64, 3, 5),
@@ -81,19 +95,31 @@ def ring_bad_samples(generator: torch.Generator) -> Iterator[Sample]:
 def _samples(generator: torch.Generator) -> Iterator[Sample]:
     for number, (args, kwargs) in enumerate(ring_samples(generator)):
         yield Sample(args, kwargs | ({"fill": float("-inf")} if number in (1, 4) else {}))
+    for shape, last in (((), True), ((3, 2), True), ((17,), False)):
+        yield Sample((draw((2, *shape), torch.float32, generator),
+                      draw((3, 9, *shape), torch.float32, generator), torch.tensor([2, 0]),
+                      torch.tensor([5, 3, 20]), 3),
+                     {"delay": 1, "fill": 2.0, "apart": 3, "back": 2, "last": last})
+
+
+def _bad_samples(generator: torch.Generator) -> Iterator[Sample]:
+    yield from ring_bad_samples(generator)
+    given = (torch.ones(1, 3), torch.zeros(1, 4, 3), torch.tensor([0]), torch.tensor([0]))
+    yield Sample((*given, 0), error="0 indices")
+    yield Sample((*given, 2), {"apart": 0}, error="0 apart")
+    yield Sample((*given, 2), {"back": -1}, error="-1 back")
+    yield Sample((*given, 2), {"apart": 3, "back": 1}, error="5 indices")
 
 
 stream_window = Operator(
     name="stream_window",
     schema="(Tensor token, Tensor(a!) ring, Tensor rows, Tensor clock, int window, int rate=1, "
-           "int delay=0, float fill=0.) -> Tensor",
+           "int delay=0, float fill=0., int apart=1, int back=0, bool last=False) -> Tensor",
     reference=_reference,
     shape=_shape,
     check=_check,
     samples=_samples,
-    bad_samples=lambda generator: iter([*ring_bad_samples(generator), Sample(
-        (torch.ones(1, 3), torch.zeros(1, 4, 3), torch.tensor([0]), torch.tensor([0]), 0),
-        error="0 indices")]),
+    bad_samples=_bad_samples,
     tolerance=Tolerance(bits=True),
     source="the state of a streamed convolution, as a ring in place of a shifted buffer",
 )

@@ -6,7 +6,6 @@ One function each, of any sizes; a step then is one compiled call after the othe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ STATES = {"stream_window": ("ring",), "stream_shift": ("ring",), "stream_scan": 
 FUNCTIONS = {"stream_index": ("stream_clock", "index"), "stream_filled": ("stream_clock", "filled"),
              "stream_window": ("stream_ring", "window"), "stream_shift": ("stream_ring", "shift"),
              "stream_scan": ("stream_scan", "scan"), "stream_pool": ("stream_pool", "pool")}
-NUMBERS = {"stream_window": ("fill",), "stream_shift": ("fill", "by")}
+NUMBERS = {"stream_window": ("fill", "apart", "back"), "stream_shift": ("fill", "by")}
 
 
 def _recipe(call: Call) -> Recipe:
@@ -59,14 +58,14 @@ def _supports(call: Call) -> str | None:
 
 def _bind(call: Call) -> Bound:
     name = call.operator.name
-    function = load(_recipe(call), call.target)[FUNCTIONS[name][1]]
+    module = load(_recipe(call), call.target)
     timing = (call.value("rate"), call.value("delay"))
     numbers = tuple(float(call.value(n)) if n == "fill" else call.value(n)
                     for n in NUMBERS.get(name, ()))
     if name in STATES:
-        return _of_tokens(call, function, timing, numbers)
+        return _of_tokens(call, module, timing, numbers)
     window = () if name == "stream_index" else (call.value("window"),)
-    dtype = torch.bool if window else torch.int64
+    function, dtype = module[FUNCTIONS[name][1]], torch.bool if window else torch.int64
 
     def shape(rows: torch.Tensor, clock: torch.Tensor) -> Any:
         return (((rows.shape[0], *window), dtype),)
@@ -78,21 +77,25 @@ def _bind(call: Call) -> Bound:
     return Bound(shape, tick)
 
 
-def _of_tokens(call: Call, function: Callable[..., int], timing: tuple[int, int],
+def _of_tokens(call: Call, module: Any, timing: tuple[int, int],
                numbers: tuple[Any, ...]) -> Bound:
-    states = len(STATES[call.operator.name])
-    window = (call.value("window"),) if call.operator.name == "stream_window" else ()
+    name, last = call.operator.name, call.arguments.get("last", False)
+    states = len(STATES[name])
+    window = (call.value("window"),) if name == "stream_window" else ()
+    function = module["columns" if last else FUNCTIONS[name][1]]
+
+    def sizes(*features: int) -> tuple[int, ...]:
+        return (*features, *window) if last else (*window, *features)
 
     def shape(token: torch.Tensor, *given: torch.Tensor) -> Any:
-        return (((token.shape[0], *window, *token.shape[1:]), token.dtype),)
+        return (((token.shape[0], *sizes(*token.shape[1:])), token.dtype),)
 
     def step(token: torch.Tensor, *given: torch.Tensor) -> None:
         *held, rows, clock, out = given
-        size = math.prod(token.shape[1:])
+        count, size = token.shape[0], math.prod(token.shape[1:])
         flat = [state.view(*state.shape[:2], size) for state in held[:states]]
-        if function(token.reshape(token.shape[0], size).contiguous(), *flat, rows.contiguous(),
-                    clock.contiguous(), *timing, out.view(*out.shape[:1 + len(window)], size),
-                    *numbers):
+        if function(token.reshape(count, size).contiguous(), *flat, rows.contiguous(),
+                    clock.contiguous(), *timing, out.view(count, *sizes(size)), *numbers):
             check_clock(rows, clock)
 
     return Bound(shape, step)

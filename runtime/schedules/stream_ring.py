@@ -1,7 +1,8 @@
 """Tokens written into rings, and the last ones, or a single one of them, read again.
 
-Both functions take token (M, F), ring (N, slots, F), rows, clock, rate, delay, out, `fill`.
-`window`: out (M, window, F). `shift`: out (M, F), then how many indices back it is.
+All functions take token (M, F), ring (N, slots, F), rows, clock, rate, delay, out, `fill`.
+`window`: out (M, window, F), then how many indices its entries are apart, and how many the newest
+is old. `columns`: the same, but out (M, F, window). `shift`: out (M, F), then how old it is.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from bincompile.runtime.schedules.ticks import Steps, each_step, function, steps
 
 
 def build(dtype: str) -> Any:
-    """The IRModule, with the functions `window` and `shift`."""
+    """The IRModule, with the functions `window`, `columns` and `shift`."""
     from tvm.script.ir_builder import IRBuilder
     from tvm.script.ir_builder import ir as I
 
     with IRBuilder() as builder, I.ir_module():
-        _window(dtype)
+        _window(dtype, last=False)
+        _window(dtype, last=True)
         _shift(dtype)
     return builder.get()
 
@@ -44,22 +46,26 @@ def _append(T: Any, given: _Ring, place: Any, row: Any, index: Any) -> None:
                        [row, T.floormod(index, given.slots), f])
 
 
-def _window(dtype: str) -> None:
-    with function("window") as T:
+def _window(dtype: str, last: bool) -> None:
+    with function("columns" if last else "window") as T:
         given, window = _ring(T, dtype), T.int64()
-        out = tensor(T, "out", (given.count, window, given.size), dtype)
+        shape = (given.size, window) if last else (window, given.size)
+        out = tensor(T, "out", (given.count, *shape), dtype)
         fill = T.cast(T.arg("fill", T.float64()), dtype)
+        apart, back = T.arg("apart", T.int64()), T.arg("back", T.int64())
+
+        def store(value: Any, place: Any, entry: Any, f: Any) -> None:
+            T.buffer_store(out, value, [place, f, entry] if last else [place, entry, f])
 
         def body(place: Any, row: Any, index: Any) -> None:
             _append(T, given, place, row, index)
             with T.serial(0, window) as entry:
-                at = index - window + 1 + entry
+                at = index - back - (window - 1 - entry) * apart
                 with T.If(at >= 0):
                     with T.Then(), T.serial(0, given.size) as f:
-                        T.buffer_store(out, given.ring[row, T.floormod(at, given.slots), f],
-                                       [place, entry, f])
+                        store(given.ring[row, T.floormod(at, given.slots), f], place, entry, f)
                     with T.Else(), T.serial(0, given.size) as f:
-                        T.buffer_store(out, fill, [place, entry, f])
+                        store(fill, place, entry, f)
 
         each_step(T, given.steps, body)
 
