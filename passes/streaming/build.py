@@ -9,12 +9,21 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from bincompile.config import Continual
-from bincompile.passes.graph import finish, value_of
+from bincompile.passes.graph import value_of
 from bincompile.passes.streaming.analysis import Analysis, analyse, error_of
 from bincompile.passes.streaming.builder import StepBuilder
-from bincompile.passes.streaming.kinds import Kind, Refused, Stepped, Still, Windowed, parts_of
+from bincompile.passes.streaming.kinds import (
+    Kind,
+    Pairwise,
+    Refused,
+    Stepped,
+    Still,
+    Windowed,
+    parts_of,
+)
+from bincompile.passes.streaming.prepare import prepare
 from bincompile.passes.streaming.rule import ALL
-from bincompile.program import Program, attribute
+from bincompile.program import Program
 from bincompile.signature import InputSpec, Signature
 from bincompile.steps import StepProgram
 
@@ -46,26 +55,24 @@ class _Steps:
         """The whole step program."""
         for node in self.model.graph.nodes:
             if node in self.analysis.asked and node in self.analysis.chosen and not all(
-                    isinstance(k, Still) for k in parts_of(self.facts.kind(node))):
+                    isinstance(k, Still | Pairwise) for k in parts_of(self.facts.kind(node))):
                 self._emit(node)
-        answers = self._outputs()
+        results, answers = self._outputs()
         build, facts = self.build, self.facts
-        stored = {n.target: build.constants[n.target] if n.target in build.constants
-                  else attribute(facts.module, n.target)
-                  for n in build.graph.nodes if n.op == "get_attr"}
-        graph_module = finish(fx.GraphModule(stored, build.graph))
-        states = _kept(graph_module, build)
-        program = self.model.next(graph_module, "steps",
-                                  signature=_signature(graph_module, self.model))
+        graph_module = build.finished(results)
+        program = self.model.next(graph_module, "steps", signature=_signature(graph_module))
+        once = prepare(facts, build.frontier) if build.frontier else None
         kinds = [facts.kind(n) for n in self._results()]
         moving = [k for k in kinds if not isinstance(k, Still)]
         delay = max((k.delay for k in moving if isinstance(k, Stepped)), default=0)
         return StepProgram(
-            program, facts.inputs.steps, states, answers, semantics=semantics_of(facts),
+            program, facts.inputs.steps, _kept(graph_module, build), answers,
+            semantics=semantics_of(facts),
             windows=tuple(facts.windows), receptive_field=_reach(moving),
             rate=next((k.rate for k in moving if isinstance(k, Stepped)), 1), delay=delay,
             first=max((_first(k, facts) for k in moving), default=0),
             limit=min(build.limits, default=None), statics=facts.inputs.statics,
+            prepare=None if once is None else Program(once, _signature(once), "steps"),
             notes=tuple(facts.notes))
 
     def _results(self) -> list[fx.Node]:
@@ -77,10 +84,11 @@ class _Steps:
             made = self.analysis.chosen[node].emit(node, self.build)
         except Refused as refused:
             raise error_of(node, refused) from refused
-        kind, value = self.facts.kind(node), value_of(made)
-        for part, held in zip(parts_of(kind), value if isinstance(kind, tuple) else (value,),
-                              strict=True):
-            self._check(node, part, held)
+        kind = self.facts.kind(node)
+        held = tuple(map(value_of, made)) if isinstance(made, tuple) else value_of(made)
+        for part, value in zip(parts_of(kind), held if isinstance(kind, tuple) else (held,),
+                               strict=False):
+            self._check(node, part, value)
         self.build.emitted(node, made)
 
     def _check(self, node: fx.Node, kind: Kind, value: Any) -> None:
@@ -92,8 +100,8 @@ class _Steps:
             raise error_of(node, Refused(f"would be of shape {tuple(value.shape)} in a step, "
                                          f"where {tuple(wanted)} follows from the model"))
 
-    def _outputs(self) -> tuple[int | None, ...]:
-        """Place the outputs, delayed to the last of them; returns their axes of time."""
+    def _outputs(self) -> tuple[list[fx.Node], tuple[int | None, ...]]:
+        """The outputs, delayed to the last of them, and their axes of time."""
         kinds = [self.facts.kind(n) for n in self._results()]
         delay = max((k.delay for k in kinds if isinstance(k, Stepped)), default=0)
         found, answers = [], []
@@ -104,8 +112,7 @@ class _Steps:
             except Refused as refused:
                 raise error_of(node, refused) from refused
             answers.append(kind.time_axis)
-        self.build.graph.output_node().args = (tuple(found),)
-        return tuple(answers)
+        return found, tuple(answers)
 
     def _output(self, node: fx.Node, kind: Any, delay: int) -> fx.Node:
         build = self.build
@@ -115,7 +122,7 @@ class _Steps:
             if whole and self.facts.window is None:
                 raise Refused("is asked for at all tokens of a window, and none was given",
                               "Continual(window=), or outputs='last'")
-            return build.read(node, like, self.facts.window if whole else 1)
+            return build.read(node, like, self.facts.window or 1 if whole else 1)
         return build.read(node, kind, build.extent(node))
 
 
@@ -145,7 +152,7 @@ def _kept(graph_module: fx.GraphModule, build: StepBuilder) -> tuple[Any, ...]:
                  if n.name in by_name)
 
 
-def _signature(graph_module: fx.GraphModule, model: Program) -> Signature:
+def _signature(graph_module: fx.GraphModule) -> Signature:
     """The calling convention of the step program: its flat inputs, a tuple of its outputs."""
     inputs = tuple(InputSpec(n.name, n.meta["val"].dtype, tuple(
         s if isinstance(s, int) else str(s) for s in n.meta["val"].shape))

@@ -18,7 +18,7 @@ from torch.utils._sympy.functions import CleanDiv, FloorDiv
 from bincompile.ops.stream_index import stream_index
 from bincompile.ops.stream_shift import stream_shift
 from bincompile.ops.stream_window import stream_window
-from bincompile.passes.graph import Build, aten, is_tensor
+from bincompile.passes.graph import Build, aten, finish, is_tensor
 from bincompile.passes.streaming import placing
 from bincompile.passes.streaming.facts import Facts, settled
 from bincompile.passes.streaming.kinds import (
@@ -65,6 +65,8 @@ class StepBuilder:
         shared: nodes that several readers ask for, by what they are.
     """
 
+    preparing = False  # whether it writes what is computed once for each row
+
     def __init__(self, facts: Facts, asked: Mapping[fx.Node, str]) -> None:
         self.facts, self.asked = facts, asked
         self.graph, self.states = fx.Graph(), list[State]()
@@ -77,25 +79,27 @@ class StepBuilder:
         self._named: set[fx.Node] = set()
         self._node: fx.Node | None = None
         self._end = self.graph.output(())
-        self._place_inputs()
+        self.place_inputs()
 
-    def _place_inputs(self) -> None:
+    def place_inputs(self) -> None:
+        """Place the tokens, the rows and the clock."""
         inputs = self.facts.inputs
-        rows = _counted(self.mode, "rows", ROWS) if inputs.batch is not None else \
+        rows = counted(self.mode, "rows", ROWS) if inputs.batch is not None else \
             self.mode.from_tensor(torch.zeros(1, dtype=torch.int64), static_shapes=True)
-        clock = _counted(self.mode, "clock", STREAMS)
+        clock = counted(self.mode, "clock", STREAMS)
         self.row_count, self.stream_count = rows.shape[0], clock.shape[0]
         by_name = {n.name: n for n in inputs.kinds}
         for step in inputs.steps:
             node = by_name[step.name]
             with self.mode:
                 value = torch.empty(self.shape(inputs.kinds[node].axes), dtype=step.dtype)
-            self._made[node] = self._placeholder(step.name, value)
-        self.rows = self._placeholder("rows", rows)
-        self.clock = self._placeholder("clock", clock)
+            self._made[node] = self.placeholder(step.name, value)
+        self.rows = self.placeholder("rows", rows)
+        self.clock = self.placeholder("clock", clock)
         self.count = 1 if inputs.batch is None else self.call(aten.sym_size.int, self.rows, 0)
 
-    def _placeholder(self, name: str, value: torch.Tensor) -> fx.Node:
+    def placeholder(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A new input, behind those that are there."""
         placed = self.graph.find_nodes(op="placeholder")
         at = self.graph.inserting_after(placed[-1]) if placed else \
             self.graph.inserting_before(next(iter(self.graph.nodes)))
@@ -110,9 +114,12 @@ class StepBuilder:
         build.mode = self.mode
         return build.call(target, *args, **kwargs)
 
-    def item(self, node: fx.Node, index: int) -> fx.Node:
-        """One result of a node that has several."""
-        return self.call(operator.getitem, node, index)
+    def item(self, made: Any, index: int) -> fx.Node:
+        """One result of a node that has several, or of a tuple of nodes."""
+        if isinstance(made, tuple):
+            found: fx.Node = made[index]
+            return found
+        return self.call(operator.getitem, made, index)
 
     def stored(self, name: str) -> fx.Node:
         """The node of a tensor that the model stores."""
@@ -151,10 +158,18 @@ class StepBuilder:
         taken = {n.name for n in self.graph.find_nodes(op="placeholder", sort=False)}
         with self.mode:
             value = torch.empty((self.stream_count, *shape), dtype=dtype)
-        node = self._placeholder(_unique(whole, taken), value)
-        self.states.append(State(node.name, tuple(shape), dtype, fill, grows, prepared, path,
-                                 block=block))
+        node = self.placeholder(_unique(whole, taken), value)
+        self.states.append(State(node.name, tuple(shape), dtype, fill, grows, block=block,
+                                 prepared=prepared, path=path))
         return node
+
+    def finished(self, results: list[fx.Node]) -> fx.GraphModule:
+        """The module of the graph with these results, over the tensors that the model stores."""
+        self._end.args = (tuple(results),)
+        stored = {n.target: self.constants[n.target] if n.target in self.constants
+                  else attribute(self.facts.module, n.target)
+                  for n in self.graph.nodes if n.op == "get_attr"}
+        return finish(fx.GraphModule(stored, self.graph))
 
     def limit(self, steps: int) -> None:
         """Note that a row can take no more steps than this."""
@@ -224,9 +239,9 @@ class StepBuilder:
         return self._made[arg]
 
     def emitted(self, node: fx.Node, made: Any) -> None:
-        """Keep the step node of a model's node, under the same name."""
+        """Keep the step node of a model's node, or the tuple of them, under the same name."""
         self._made[node] = made
-        if made not in self._named and made.op == "call_function":
+        if isinstance(made, fx.Node) and made not in self._named and made.op == "call_function":
             self._named.add(made)
             made._rename(node.name)
 
@@ -275,7 +290,7 @@ class StepBuilder:
             return placing.indexed(self, arg, kind, like, extent)
         if is_table(kind, like.axes):
             return placing.table(self, arg, kind, like, extent)
-        return placing.still(self, arg)
+        return placing.still(self, arg, like)
 
     def newest(self, node: fx.Node, axis: int, has: int, wanted: int) -> fx.Node:
         """The newest position of a window, where that is all that is asked for."""
@@ -342,7 +357,7 @@ class StepBuilder:
         return self.restored(found, kind.axes)
 
 
-def _counted(mode: FakeTensorMode, name: str, count: int) -> torch.Tensor:
+def counted(mode: FakeTensorMode, name: str, count: int) -> torch.Tensor:
     """A fake (count,) int64 whose size is a symbol."""
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     return mode.from_tensor(torch.zeros(count, dtype=torch.int64), symbolic_context=context,

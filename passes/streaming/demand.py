@@ -6,7 +6,7 @@ from torch import fx
 
 from bincompile.passes.graph import is_sequence, is_tensor
 from bincompile.passes.streaming.facts import Facts
-from bincompile.passes.streaming.kinds import Refused, Still, parts_of
+from bincompile.passes.streaming.kinds import Pairwise, Refused, Still, parts_of
 from bincompile.passes.streaming.rule import ALL, LAST, Rule
 
 
@@ -29,7 +29,7 @@ def demanded(facts: Facts, chosen: dict[fx.Node, Rule]) -> dict[fx.Node, str]:
     for node in output.all_input_nodes:
         _ask(asked, node, facts.continual.outputs, facts, output)
     for node in reversed(facts.program.graph.nodes):
-        if node not in asked or node not in chosen:
+        if node not in asked or node not in chosen or isinstance(facts.kind(node), Pairwise):
             continue
         for arg in node.all_input_nodes:
             if arg in facts and (is_tensor(arg) or is_sequence(arg)):

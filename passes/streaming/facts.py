@@ -219,7 +219,7 @@ def _joined(kinds: Sequence[Any], axes: Axes, facts: Facts) -> Any:
         return together
     if together is not None:
         facts.lift(together)
-    return Windowed(axes, windowed[0].window, any(k.final for k in (*stepped, *windowed)))
+    return Windowed(axes, windowed[0].window, any(k.final for k in [*stepped, *windowed]))
 
 
 def _stepped(kinds: Sequence[Stepped], axes: Axes) -> Stepped:

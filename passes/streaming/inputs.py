@@ -83,7 +83,8 @@ def inputs_of(program: Program, continual: Continual) -> Inputs:
         own = _own_batch(shapes[node], times.get(node), rows)
         if own is not None:
             _unify(value_of(node).shape[own], batch, same)
-    hints = {s: n for s, n in ((length, tokens), (batch, rows)) if isinstance(s, sympy.Symbol)}
+    hints = {s: n for s, n in ((length, tokens), (batch, rows or 1))
+             if isinstance(s, sympy.Symbol)}
     kinds: dict[fx.Node, Kind] = {}
     steps = []
     for node in tensors:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from bincompile.passes.graph import aten, is_tensor, shape_of, value_of
+from bincompile.passes.graph import aten, shape_of, value_of
 from bincompile.passes.streaming.kinds import (
     BATCH,
     PLAIN,
@@ -17,6 +17,7 @@ from bincompile.passes.streaming.kinds import (
     Refused,
     Still,
     Windowed,
+    parts_of,
 )
 
 if TYPE_CHECKING:
@@ -62,36 +63,48 @@ def reshaped(build: StepBuilder, node: fx.Node, sizes: list[Any]) -> fx.Node:
     return node if same else build.call(aten.reshape.default, node, sizes)
 
 
-def still(build: StepBuilder, arg: fx.Node) -> fx.Node:
-    """The node of a value that does not change with time."""
-    kind = build.kind(arg)
-    key = ("still", arg)
-    if key in build.shared:
-        return build.shared[key]
+def still(build: StepBuilder, arg: fx.Node, like: Any) -> fx.Node:
+    """The node of a value that does not change with time, to be joined with one of a kind."""
     if arg.op == "get_attr":
         return build.stored(arg.target)
-    found = _prepared(build, arg, kind) if kind.prepared else _copied(build, arg)
-    build.shared[key] = found
-    return found
+    kind = build.kind(arg)
+    prepared = any(getattr(part, "prepared", False) for part in parts_of(kind))
+    if prepared and not build.preparing:
+        return _prepared(build, arg, kind, like)
+    key = ("still", arg)
+    if key not in build.shared:
+        build.shared[key] = _copied(build, arg)
+    return build.shared[key]
 
 
 def _copied(build: StepBuilder, arg: fx.Node) -> fx.Node:
-    """A computation on stored tensors, as the model has it."""
+    """A computation as the model has it."""
     def mapped(node: fx.Node) -> Any:
-        return still(build, node) if is_tensor(node) else build.number(node) \
-            if isinstance(value_of(node), int | torch.SymInt) else _copied(build, node)
+        sized = isinstance(value_of(node), int | torch.SymInt)
+        return build.number(node) if sized else still(build, node, None)
 
     return build.call(arg.target, *fx.node.map_arg(arg.args, mapped),
                       **fx.node.map_arg(dict(arg.kwargs), mapped))
 
 
-def _prepared(build: StepBuilder, arg: fx.Node, kind: Still) -> fx.Node:
+def _prepared(build: StepBuilder, arg: fx.Node, kind: Still, like: Any) -> fx.Node:
     """What was computed when the row began, of the rows of this step."""
-    build.frontier.append(arg)
-    state = build.state(arg.name, kind.plain, value_of(arg).dtype,
-                        prepared=len(build.frontier) - 1)
-    token = build.call(aten.index_select.default, state, 0, build.rows)
-    return placed(build, token, kind.axes)
+    key = ("prepared", arg)
+    if key not in build.shared:
+        build.frontier.append(arg)
+        state = build.state(arg.name, kind.plain, value_of(arg).dtype,
+                            prepared=len(build.frontier) - 1)
+        build.shared[key] = build.call(aten.index_select.default, state, 0, build.rows)
+    axes, batch = kind.axes, like.batch_axis
+    if kind.batch_axis is not None or batch is None:
+        return placed(build, build.shared[key], axes)
+    at = len(like.axes) - batch
+    axes = ((),) * (at - len(axes)) + axes
+    if axes[-at]:
+        raise Refused("joins rows of the batch with an input that has no batch")
+    row = tuple(atom for atom in like.axes[batch] if atom.role == BATCH)
+    found = placed(build, build.shared[key], (*axes[:-at], row, *axes[len(axes) - at + 1:]))
+    return _spread(build, found, -at, like)
 
 
 def indexed(build: StepBuilder, arg: fx.Node, kind: Indexed, like: Any, extent: int) -> fx.Node:
@@ -120,7 +133,7 @@ def table(build: StepBuilder, arg: fx.Node, kind: Still, like: Any, extent: int)
     """The entries of a stored tensor that has one for each index, where `like` has its rows."""
     time = like.time_axis
     axis = time - len(like.axes)
-    whole = still(build, arg)
+    whole = still(build, arg, like)
     length = int(shape_of(whole)[axis])
     if isinstance(like, Windowed):
         if length != like.window:
@@ -160,8 +173,13 @@ def _by_row(build: StepBuilder, found: fx.Node, time: int, like: Any) -> fx.Node
         if shape_of(found)[at] != 1:
             raise Refused("joins rows of the batch with a stored tensor that has some for each")
         found = build.call(aten.transpose.int, found, at, time)
-    others = [atom for atom in like.axes[batch] if atom.role == PLAIN]
-    if not others:
+    return _spread(build, found, at, like)
+
+
+def _spread(build: StepBuilder, found: fx.Node, at: int, like: Any) -> fx.Node:
+    """A value with M at an axis, repeated for what else `like` holds in that axis."""
+    batch = like.batch_axis
+    if all(atom.role != PLAIN for atom in like.axes[batch]):
         return found
     rank = len(shape_of(found))
     rest = _given(build, found)

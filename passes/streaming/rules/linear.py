@@ -36,7 +36,7 @@ SUMS_TIME = "sums over time"
 def operand(build: StepBuilder, arg: Any, node: fx.Node) -> Any:
     """A factor of a product: stored ones are read whole, whatever their sizes are."""
     if is_tensor(arg) and isinstance(build.kind(arg), Still):
-        return placing.still(build, arg)
+        return placing.still(build, arg, build.kind(node))
     return build.read(arg, build.kind(node), build.extent(node))
 
 
