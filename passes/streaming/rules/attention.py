@@ -30,9 +30,9 @@ def kind(node: fx.Node, facts: Facts) -> tuple[Kind, Kind]:
     return attending.attention_kind(node, bound_of(node), facts)
 
 
-def emit(node: fx.Node, build: StepBuilder) -> tuple[fx.Node, None]:
+def emit(node: fx.Node, build: StepBuilder) -> tuple[fx.Node]:
     """The result; nobody reads the weights."""
-    return emit_attention(node, bound_of(node), build), None
+    return (emit_attention(node, bound_of(node), build),)
 
 
 def demand(node: fx.Node, arg: fx.Node, asked: str, facts: Facts) -> str:
