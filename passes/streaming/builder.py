@@ -155,6 +155,7 @@ class StepBuilder:
         """
         path = owner(self._node) if self._node is not None else ""
         whole = re.sub(r"\W+", "_", f"{path}.{name}" if path else name)
+        whole = f"s{whole}" if whole[0].isdigit() else whole
         taken = {n.name for n in self.graph.find_nodes(op="placeholder", sort=False)}
         with self.mode:
             value = torch.empty((self.stream_count, *shape), dtype=dtype)
