@@ -140,9 +140,7 @@ def _reach(kinds: list[Any]) -> int | None:
 
 
 def _first(kind: Any, facts: Any) -> int:
-    if isinstance(kind, Windowed):
-        return 0 if facts.continual.partial_window else kind.window - 1
-    return max(kind.first, kind.delay)
+    return facts.first(kind) if isinstance(kind, Windowed) else max(kind.first, kind.delay)
 
 
 def _kept(graph_module: fx.GraphModule, build: StepBuilder) -> tuple[Any, ...]:

@@ -161,7 +161,26 @@ class Facts:
         if kind.rate != 1 or kind.delay:
             raise Refused(f"is wanted over a window, and comes every {kind.rate} steps with a "
                           f"delay of {kind.delay}")
-        return Windowed(kind.axes, self.window)
+        return Windowed(kind.axes, self.positions(kind.length))
+
+    def positions(self, length: Any) -> int:
+        """How many positions an axis of time has in a window.
+
+        Raises:
+            Refused: the capture fixed the number of tokens, and the window is another.
+        """
+        found, window = self.size(length), self.window
+        assert window is not None
+        if isinstance(found, sympy.Expr):
+            return int(found.xreplace({self.inputs.length: sympy.Integer(window)}).doit())
+        if window != self.inputs.length:
+            raise Refused(f"is captured with {self.inputs.length} tokens, and the window is of "
+                          f"{window}", "dynamic_shapes='auto', or an example of the window's size")
+        return found
+
+    def first(self, kind: Windowed) -> int:
+        """The first step whose window is full enough to be answered."""
+        return 0 if self.continual.partial_window else (self.window or 1) - 1
 
     def join(self, kinds: Sequence[Any]) -> Any:
         """The kind of a value that is computed from values of these kinds, axis by axis."""

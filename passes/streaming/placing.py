@@ -114,7 +114,7 @@ def indexed(build: StepBuilder, arg: fx.Node, kind: Indexed, like: Any, extent: 
     axis = kind.time_axis
     assert axis is not None
     if isinstance(like, Windowed):
-        found = free.emit_windowed(arg, build, like.window)
+        found = free.emit_windowed(arg, build, build.facts.window)
         return build.newest(found, axis, like.window, extent)
     return _by_row(build, by_index(build, arg, like), axis - len(kind.axes), like)
 
