@@ -38,7 +38,7 @@ def stream_form(program: Program, continual: Continual, target: Target) -> Strea
     """
     steps = to_steps(program, continual)
     form = StreamForm.bound(lowered(steps), program.signature, target, fingerprint_of(steps))
-    evidence = prove(steps, program, continual, form.executable)
+    evidence = prove(form.steps, program, continual, form.executable)
     log.info("streams: %s, %s", steps.semantics, evidence)
     return dataclasses.replace(form, steps=dataclasses.replace(form.steps, evidence=evidence))
 

@@ -12,9 +12,12 @@ import torch
 
 from bincompile.compiled import run
 from bincompile.errors import ContinualError, StreamBusyError, StreamClosedError
+from bincompile.runtime.replay import Replay
 from bincompile.stream_form import StreamForm
 from bincompile.stream_rows import StreamRows, rows_of
 from bincompile.stream_saved import restored, saved
+
+RECORDED_AFTER = 3  # steps of the same rows, after which their calls are recorded
 
 
 class Stream:
@@ -74,14 +77,16 @@ class Stream:
         if not self._lock.acquire(False):
             raise _busy()
         try:
-            clock = self._rows.uniform
-            if rows is None and clock is not None and clock < self._ceiling:
+            state = self._rows
+            if rows is None and state.most < self._ceiling:
                 given = self._quick(tokens, named, self._seen)
                 if given is not None:
-                    outputs = run(self._form.executable, given + self._tail)
-                    self._rows.advance(None)
-                    self._taken = clock
-                    return self._answer(outputs) if clock >= self._steady \
+                    least = state.least
+                    taken = least if least == state.most else state.clock.clone()
+                    outputs = self._run(given)
+                    state.advance(None)
+                    self._taken = taken
+                    return self._answer(outputs) if least >= self._steady \
                         else self._told(outputs)
             return self._general(tokens, named, rows)
         finally:
@@ -119,6 +124,17 @@ class Stream:
             answers = self._form.answers
             return answers.result(answers.stacked(found)) if found else None
 
+    def _run(self, tokens: list[torch.Tensor]) -> Any:
+        """The flat outputs of tokens of all rows; recorded once these rows have been here before.
+        """
+        if self._replay is not None:
+            return self._replay(*tokens)
+        self._repeats += 1
+        if self._repeats < RECORDED_AFTER or self._seen == 0:
+            return run(self._form.executable, tokens + self._tail)
+        self._replay = Replay.of(self._form.executable, [*tokens, *self._tail], len(tokens))
+        return self._replay(*tokens)
+
     def _each(self, given: Sequence[torch.Tensor], length: int,
               chosen: torch.Tensor | None) -> Iterator[Sequence[Any]]:
         """The flat answers of the steps that have one."""
@@ -145,8 +161,8 @@ class Stream:
         clocks = state.clock.clone() if chosen is None else state.clock[chosen]
         if len(clocks):
             self._grow(int(clocks.max()))
-            rows = state.rows if chosen is None else chosen
-            outputs = run(self._form.executable, [*tokens, rows, *self._tail[1:]])
+            outputs = self._run(tokens) if chosen is None else \
+                run(self._form.executable, [*tokens, chosen, *self._tail[1:]])
             state.advance(chosen)
         else:
             outputs = ()
@@ -289,6 +305,8 @@ class Stream:
         limits = [limit for limit in (rows.room, self._form.steps.limit) if limit is not None]
         self._ceiling: float = min(limits, default=math.inf) if self._seen else 0
         self._tail = rows.tail
+        self._replay: Replay | None = None
+        self._repeats = 0
 
     def _grow(self, clock: int) -> None:
         if self._rows.room is not None and clock >= self._rows.room:
