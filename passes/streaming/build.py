@@ -12,6 +12,7 @@ from bincompile.config import Continual
 from bincompile.passes.graph import value_of
 from bincompile.passes.streaming.analysis import Analysis, analyse, error_of
 from bincompile.passes.streaming.builder import StepBuilder
+from bincompile.passes.streaming.facts import Facts
 from bincompile.passes.streaming.kinds import (
     Kind,
     Pairwise,
@@ -68,7 +69,7 @@ class _Steps:
         return StepProgram(
             program, facts.inputs.steps, _kept(graph_module, build), answers,
             semantics=semantics_of(facts),
-            windows=tuple(facts.windows), receptive_field=_reach(moving),
+            windows=tuple(facts.windows), receptive_field=_reach(moving, facts),
             rate=next((k.rate for k in moving if isinstance(k, Stepped)), 1), delay=delay,
             first=max((_first(k, facts) for k in moving), default=0),
             limit=min(build.limits, default=None), statics=facts.inputs.statics,
@@ -126,7 +127,7 @@ class _Steps:
         return build.read(node, kind, build.extent(node))
 
 
-def semantics_of(facts: Any) -> str:
+def semantics_of(facts: Facts) -> str:
     """What the steps equal, as the report says it."""
     if facts.semantics == "window":
         return f"window({facts.window})"
@@ -134,12 +135,12 @@ def semantics_of(facts: Any) -> str:
     return f"banded({held})" + (", truncates" if facts.truncates else "")
 
 
-def _reach(kinds: list[Any]) -> int | None:
-    reaches = [k.reach for k in kinds]
+def _reach(kinds: list[Any], facts: Facts) -> int | None:
+    reaches = [facts.window if isinstance(k, Windowed) else k.reach for k in kinds]
     return None if None in reaches else max(reaches, default=1)
 
 
-def _first(kind: Any, facts: Any) -> int:
+def _first(kind: Any, facts: Facts) -> int:
     return facts.first(kind) if isinstance(kind, Windowed) else max(kind.first, kind.delay)
 
 

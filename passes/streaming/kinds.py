@@ -131,17 +131,12 @@ class Windowed(Kind):
     newest position is asked for (`StepBuilder.extent`).
 
     Args:
-        window: tokens in the window.
+        window: positions in the window: its tokens, unless some were padded or cut.
         final: as for `Stepped`.
     """
 
     window: int
     final: bool = False
-
-    @property
-    def reach(self) -> int:
-        """Tokens that it depends on."""
-        return self.window
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,7 +140,7 @@ def _newest(kind: Stepped | Windowed, taken: Taken, facts: Facts, axes: Axes) ->
     """The kind of some positions at the end, together one value for each step."""
     assert taken.kept is not None
     if isinstance(kind, Windowed):
-        return Stepped(axes, reach=kind.window, first=facts.first(kind), final=True)
+        return Stepped(axes, reach=facts.window, first=facts.first(kind), final=True)
     back = _back(kind, taken, facts)
     if kind.final and back + taken.kept > 1:
         raise Refused("asks for other positions of a value that is known at the newest alone")
