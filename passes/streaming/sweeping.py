@@ -57,10 +57,6 @@ class Sweep:
         """Positions from the oldest that it reads to the newest."""
         return (self.taps - 1) * self.apart
 
-    def swept(self, length: int) -> int:
-        """How many places there are along so many positions."""
-        return max(0, (length + self.left + self.right - self.reach - 1) // self.stride + 1)
-
 
 def time_axis(axes: Axes, what: str) -> int | None:
     """The axis that holds time, and nothing else; None where none does.
@@ -96,7 +92,8 @@ def moved(kind: Any, sweep: Sweep, axis: int, length: Any, facts: Facts) -> Any:
     if facts.semantics == "window" and sweep != Sweep(1, apart=sweep.apart):
         kind = facts.lift(settled(kind))
     if isinstance(kind, Windowed):
-        return dataclasses.replace(kind, axes=axes, window=sweep.swept(kind.window))
+        refuse_partial(facts)
+        return dataclasses.replace(kind, axes=axes, window=facts.positions(length))
     kind = early(kind, sweep)
     late, delay = waits(kind, sweep)
     read = (sweep.reach + late) * kind.rate
@@ -104,6 +101,13 @@ def moved(kind: Any, sweep: Sweep, axis: int, length: Any, facts: Facts) -> Any:
         kind, axes=axes, rate=kind.rate * sweep.stride, delay=delay,
         reach=None if kind.reach is None else kind.reach + read,
         first=kind.first + read if kind.first > kind.delay else 0, lead=0, fill=0.0)
+
+
+def refuse_partial(facts: Facts) -> None:
+    """Raise where windows are to be answered that are not full yet, and all positions count."""
+    if facts.continual.partial_window:
+        raise Refused("reads positions of a window that hold nothing before it is full",
+                      "Continual(partial_window=False)")
 
 
 def waits(kind: Stepped, sweep: Sweep) -> tuple[int, int]:

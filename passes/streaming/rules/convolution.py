@@ -12,8 +12,6 @@ from bincompile.passes.graph import arguments, aten, is_tensor, value_of
 from bincompile.passes.streaming.builder import StepBuilder
 from bincompile.passes.streaming.facts import Facts, settled
 from bincompile.passes.streaming.kinds import (
-    TIME,
-    Atom,
     Kind,
     Refused,
     Stepped,
@@ -195,65 +193,6 @@ def _transposed(node: fx.Node, facts: Facts) -> Kind | None:
                   "a convolution, or the model on whole sequences")
 
 
-def _padded(node: fx.Node, facts: Facts) -> Kind | None:
-    """Padding of time: in front it is kept in mind, behind it is a delay of whoever reads it."""
-    given = arguments(node)
-    kind: Any = facts.kind(given["self"])
-    axis = kind.time_axis
-    if isinstance(kind, Still) or axis is None:
-        return None
-    counts = [facts.size(n) for n in given["pad"]]
-    at = 2 * (len(kind.axes) - 1 - axis)
-    left, right = counts[at:at + 2] if at < len(counts) else (0, 0)
-    if left == 0 and right == 0:
-        return None
-    if not isinstance(left, int) or not isinstance(right, int):
-        raise Refused("pads time to a length that depends on the number of tokens")
-    time_axis(kind.axes, "pads")
-    check_others(kind.axes, [len(kind.axes) - 1 - i // 2 for i, n in enumerate(counts)
-                             if n != 0 and i not in (at, at + 1)], "pads")
-    if given.get("mode", "constant") != "constant":
-        raise Refused(f"pads time with other tokens ({given['mode']})", "padding with zeros",
-                      by_window=True)
-    shape = facts.shape(node)
-    axes = tuple((Atom(TIME, s),) if i == axis else a if s == facts.shape(given["self"])[i]
-                 else plain(s) for i, (a, s) in enumerate(zip(kind.axes, shape, strict=True)))
-    if facts.semantics == "window" or isinstance(kind, Windowed):
-        lifted = facts.lift(settled(kind))
-        return dataclasses.replace(lifted, axes=axes, window=lifted.window + left + right)
-    return _led(kind.with_axes(axes), left, float(given.get("value") or 0.0))
-
-
-def _led(kind: Any, left: int, fill: float) -> Kind:
-    """With so many indices of padding in front; fewer than none are positions left out."""
-    if kind.final:
-        raise Refused("pads a value that is known at the newest token alone")
-    if left < 0:
-        lead = max(0, kind.lead + left)
-        found: Kind = dataclasses.replace(
-            kind, lead=lead, delay=kind.delay - min(0, kind.lead + left) * kind.rate)
-        return found
-    kind = settled(kind) if kind.lead and left and kind.fill != fill else kind
-    result: Kind = dataclasses.replace(kind, lead=kind.lead + left, fill=fill)
-    return result
-
-
-def _emit_pad(node: fx.Node, build: StepBuilder) -> fx.Node:
-    given = arguments(node)
-    arg, kind = given["self"], build.kind(node)
-    counts, axis = [build.number(n) for n in given["pad"]], build.kind(arg).time_axis
-    at, value = 2 * (len(kind.axes) - 1 - axis), given.get("value") or 0.0
-    if isinstance(kind, Windowed):
-        lifted = build.facts.lift(settled(build.kind(arg)))
-        made = build.call(aten.constant_pad_nd.default, build.read(arg, lifted, lifted.window),
-                          counts, value)
-        return build.newest(made, axis, kind.window, build.extent(node))
-    remade = build.kind(arg).lead and counts[at] > 0 and build.kind(arg).fill != value
-    made = build.step(arg) if remade else build.made(arg)
-    counts[at:at + 2] = 0, 0
-    return build.call(aten.constant_pad_nd.default, made, counts, value) if any(counts) else made
-
-
 def _keeps_padding(node: fx.Node, facts: Facts) -> Kind | None:
     """A function of every number alone leaves padding in front of time where it is."""
     tensors = [n for n in node.all_input_nodes if is_tensor(n)]
@@ -276,4 +215,3 @@ alone = Rule(overloads((*(n for n in UNARY if n not in OTHERS), "add", "sub", "m
              _keeps_padding, _on_tokens)
 convolution = Rule(CONVOLUTIONS, _kind, _emit, _demand)
 transposed = Rule(TRANSPOSED, _transposed, emit)
-pad = Rule((aten.pad.default, aten.constant_pad_nd.default), _padded, _emit_pad, everything)

@@ -41,6 +41,11 @@ def _pads(node: fx.Node, facts: Facts) -> tuple[int, int, int] | None:
     front, back = (*counts[place:place + 2], 0, 0)[:2]
     if (not front and not back) or others or len(kind.axes[axis]) > 1:
         return None
+    if not isinstance(front, int) or not isinstance(back, int):
+        raise Refused("pads time to a length that depends on the number of tokens")
+    if given.get("mode", "constant") != "constant":
+        raise Refused(f"pads time with other tokens ({given['mode']})", "padding with zeros",
+                      by_window=True)
     return axis, front, back
 
 
