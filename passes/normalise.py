@@ -51,7 +51,7 @@ def simplify(module: fx.GraphModule) -> None:
             if kept is not None:
                 node.replace_all_uses_with(kept)
                 break
-    _detach_outputs(module)
+    detach_outputs(module)
 
 
 def _drop_identity(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
@@ -221,7 +221,7 @@ def _unit_factor(module: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return node.args[0] if value_of(node.args[0]).dtype == value_of(node).dtype else None
 
 
-def _detach_outputs(module: fx.GraphModule) -> None:
+def detach_outputs(module: fx.GraphModule) -> None:
     """Copy outputs that would share memory with an input, a weight or another output."""
     output = module.graph.output_node()
     seen: set[fx.Node] = set()

@@ -24,6 +24,7 @@ from bincompile.passes.streaming.kinds import (
 )
 from bincompile.passes.streaming.prepare import prepare
 from bincompile.passes.streaming.rule import ALL
+from bincompile.passes.streaming.tidy import tidy
 from bincompile.program import Program
 from bincompile.signature import InputSpec, Signature
 from bincompile.steps import StepProgram
@@ -60,7 +61,9 @@ class _Steps:
                 self._emit(node)
         results, answers = self._outputs()
         build, facts = self.build, self.facts
-        graph_module = build.finished(results)
+        build.answer(results)
+        tidy(build)
+        graph_module = build.finished()
         program = self.model.next(graph_module, "steps", signature=_signature(graph_module))
         once = prepare(facts, build.frontier) if build.frontier else None
         kinds = [facts.kind(n) for n in self._results()]

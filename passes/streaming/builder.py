@@ -19,6 +19,7 @@ from bincompile.ops.stream_index import stream_index
 from bincompile.ops.stream_shift import stream_shift
 from bincompile.ops.stream_window import stream_window
 from bincompile.passes.graph import Build, aten, finish, is_tensor
+from bincompile.passes.normalise import detach_outputs
 from bincompile.passes.streaming import placing
 from bincompile.passes.streaming.facts import Facts, settled
 from bincompile.passes.streaming.kinds import (
@@ -164,13 +165,18 @@ class StepBuilder:
                                  prepared=prepared, path=path))
         return node
 
-    def finished(self, results: list[fx.Node]) -> fx.GraphModule:
-        """The module of the graph with these results, over the tensors that the model stores."""
+    def answer(self, results: list[fx.Node]) -> None:
+        """Say what the graph gives."""
         self._end.args = (tuple(results),)
+
+    def finished(self) -> fx.GraphModule:
+        """The module of the graph, over the tensors that the model stores."""
         stored = {n.target: self.constants[n.target] if n.target in self.constants
                   else attribute(self.facts.module, n.target)
                   for n in self.graph.nodes if n.op == "get_attr"}
-        return finish(fx.GraphModule(stored, self.graph))
+        module = fx.GraphModule(stored, self.graph)
+        detach_outputs(module)
+        return finish(module)
 
     def limit(self, steps: int) -> None:
         """Note that a row can take no more steps than this."""

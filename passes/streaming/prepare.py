@@ -42,4 +42,5 @@ def prepare(facts: Facts, frontier: list[fx.Node]) -> fx.GraphModule:
     for node in frontier:
         build.at(node)
         found.append(placing.unplaced(build, placing.still(build, node, None), facts.axes(node)))
-    return build.finished(found)
+    build.answer(found)
+    return build.finished()
