@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from bincompile.runtime.schedules import signed_rows
-from bincompile.runtime.schedules.common import ceil_div
+from bincompile.runtime.schedules.common import ceil_div, return_flag
 
 AHEAD = 16  # rows between the one that is read and the one that memory is asked for
 MODES = {"serial": "serial", "bags": "parallel"}
@@ -97,7 +97,7 @@ def _loops(T: Any, mode: str, given: Bags, last: bool,
                 reduce(T, given, bag, begin, end)
             with T.Else():
                 T.buffer_store(given.bad, T.int32(1), [0])
-    T.Return(given.bad[0])
+    return_flag(T, given.bad)
 
 
 def _bounds(T: Any, given: Bags, bag: Any, last: bool) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bincompile.runtime.schedules import signed_rows
-from bincompile.runtime.schedules.common import ceil_div
+from bincompile.runtime.schedules.common import ceil_div, return_flag
 
 BLOCK = 64  # indices of one block
 AHEAD = 8  # rows between the one that is read and the one that memory is asked for
@@ -60,7 +60,7 @@ def _function(T: Any, mode: str, columns: int, bases: int, dtype: str) -> None:
                             _copy, T, table, index, scales, out, at))
                     with T.Else():
                         T.buffer_store(bad, T.int32(1), [0])
-            T.Return(bad[0])
+            return_flag(T, bad)
 
 
 def _copy(T: Any, table: Any, index: Any, scales: Sequence[Any], out: Any, at: Any,

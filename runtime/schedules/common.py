@@ -26,6 +26,15 @@ def span(T: Any, start: Any, lanes: int = LANE) -> Any:
     return T.ramp(start, 1, lanes) if lanes > 1 else start
 
 
+def return_flag(T: Any, flag: Any) -> None:
+    """End the function with a flag where it is set; else it ends as it would.
+
+    TVM gives scratch back behind the last statement, which a return in all calls would skip.
+    """
+    with T.If(flag[0] != 0), T.Then():
+        T.Return(flag[0])
+
+
 def load_tail(T: Any, x: Any, row: Any, column: int) -> Any:
     """One vector of a row that may end inside it; what lies behind the end is 0."""
     left = int(x.shape[1]) - column

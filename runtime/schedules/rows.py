@@ -4,14 +4,14 @@ Inside a block bits stay bits, and what one loop over the columns can do is done
 in registers after a product is scaled, passed through the pointwise steps that follow, packed, and
 added to the next row scale or norm. Arguments: step (rows of one block), the inputs, the results.
 The functions return 1 if an index was not in its table (and what was looked up is not right), else
-0.
+nothing.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from bincompile.runtime.schedules.common import MODES, ceil_div
+from bincompile.runtime.schedules.common import MODES, ceil_div, return_flag
 from bincompile.runtime.schedules.rows_body import LOOK_UPS, Input, Name, Step, steps_of
 from bincompile.runtime.schedules.rows_loops import linear_phase, row_phases
 from bincompile.runtime.schedules.rows_plan import Plan, plan
@@ -66,7 +66,8 @@ def _function(T: Any, mode: str, inputs: tuple[Input, ...], steps: list[Step], m
                                   {step.target: step for step in steps}, first, bad, panels,
                                   sizes[1])
                 _block(program, count)
-            T.Return(bad[0])
+            if any(step.op in LOOK_UPS for step in steps):
+                return_flag(T, bad)
 
 
 def _block(program: Program, count: Any) -> None:
