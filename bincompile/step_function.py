@@ -19,7 +19,8 @@ class StepFunction(nn.Module):
 
     It changes none of its arguments and keeps nothing, so that torch.export takes it and a caller
     may batch, scan or replay it. Rows that are not valid hold NaN. A state that grows is as long
-    as `state(slots=)` made it: a row can take so many steps, and is not valid after them.
+    as `state(slots=)` made it: a row can take so many steps, and its next answer is not valid, or
+    an error where the operators are run as they are.
 
     Args:
         form: the streaming form.

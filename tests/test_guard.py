@@ -140,7 +140,7 @@ def test_bad_options_say_what_is_allowed(model):
             ({"binary": "w1a1", "calibration": batches(1, 0)[0]}, bc.ConfigError, "iterable"),
             ({"on_violation": "ignore"}, bc.ConfigError, "fallback"),
             ({"guard": 3}, bc.ConfigError, "Guard"),
-            ({"continual": 8}, bc.ContinualError, "not available yet"),
+            ({"continual": 0}, bc.ConfigError, "a window length"),
             ({"target": "tpu"}, bc.ConfigError, "cpu")):
         with pytest.raises(error, match=word):
             bc.optimize(model, args, **options)
