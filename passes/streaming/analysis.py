@@ -14,6 +14,7 @@ from bincompile.errors import ContinualError
 from bincompile.passes.graph import is_sequence, is_tensor
 from bincompile.passes.streaming.demand import RefusedAt, demanded
 from bincompile.passes.streaming.facts import Facts
+from bincompile.passes.streaming.free import position_references
 from bincompile.passes.streaming.kinds import (
     BATCH,
     Atom,
@@ -56,8 +57,9 @@ class Analysis:
     @property
     def references(self) -> Mapping[str, Callable[..., Any]]:
         """How nodes run in the named reference, by name, where that is not what they call."""
-        return {node.name: functools.partial(_run, rule.reference, node, self.facts)
-                for node, rule in self.chosen.items() if rule.reference is not None}
+        own = {node.name: functools.partial(_run, rule.reference, node, self.facts)
+               for node, rule in self.chosen.items() if rule.reference is not None}
+        return {**position_references(self.facts), **own}
 
 
 def _run(reference: Callable[..., Any], node: fx.Node, facts: Facts, *args: Any,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from bincompile.passes.graph import is_tensor, value_of
+from bincompile.passes.graph import activations, is_tensor, value_of
 from bincompile.passes.patterns import Context
 from bincompile.passes.streaming.distances import Sight, moves_in_pairs, sight_of
 from bincompile.passes.streaming.facts import Facts, settled
@@ -193,7 +193,7 @@ def _check_window(bound: Bound, facts: Facts) -> None:
 
 def _by_difference(bound: Bound, facts: Facts) -> bool:
     """Whether queries and keys are turned by their positions, so that only differences count."""
-    context = Context(facts.module, frozenset())
+    context = Context(facts.module, frozenset(activations(facts.module.graph)))
     turns = [upstream(bound[name], context).rope for name in ("query", "key")]
     return turns[0] is not None and turns[0] == turns[1]
 

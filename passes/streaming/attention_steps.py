@@ -20,10 +20,11 @@ from bincompile.passes.streaming.attending import PARTS, Bound
 from bincompile.passes.streaming.builder import StepBuilder
 from bincompile.passes.streaming.distances import ADDED, Added, Sight
 from bincompile.passes.streaming.facts import settled
-from bincompile.passes.streaming.free import emit_windowed
+from bincompile.passes.streaming.free import emit_windowed, over_window
 from bincompile.passes.streaming.kinds import BATCH, Kind, Pairwise, Refused, Stepped, Still
 
 FIRST_SLOTS = 64  # of a ring that grows
+SHORT = 5  # tokens that show whether a value is the same for all of them
 SLOW = ("gain", "low", "high", "mix_before", "mix_after", "mix_shift")  # what composition is for
 
 
@@ -205,6 +206,10 @@ class _Newest:
             else:
                 found[name] = distances.added_by(arg, self.sight, facts,
                                                  absolute or name == "gain")
+        mask = self.bound.get("mask")
+        if mask is not None and facts.semantics != "window" and mask not in facts \
+                and not distances.is_band(self.bound, facts):
+            found["mask"] = distances.added_by(mask, self.sight, facts)
         return found
 
     def _slow(self, added: Mapping[str, Added]) -> bool:
@@ -221,15 +226,17 @@ class _Newest:
         return bool(left) or moving or (sink is not None and self._sink_heads() is None)
 
     def _sink_heads(self) -> fx.Node | None:
-        """(heads,): a stored sink; None where it is of another kind."""
-        arg = self.bound["sink"]
-        kind = self.build.kind(arg)
-        if not isinstance(kind, Still) or kind.prepared or arg in self.build.facts:
-            return None
+        """(heads,): a sink that is the same for all tokens and rows; None if it is not."""
+        arg, facts = self.bound["sink"], self.build.facts
         heads = math.prod(self._leads("query"))
-        if math.prod(map(int, shape_of(arg))) != heads or self.queries != 1:
+        if arg in facts or self.queries != 1:
             return None
-        return self.build.call(aten.reshape.default, self.build.read(arg, kind), [heads])
+        values = over_window(arg, facts, SHORT) if distances.has_time(arg, facts) \
+            else over_window(arg, facts, facts.hint(facts.inputs.length))
+        one = values[..., :1, :].flatten()
+        if one.numel() != heads or not bool((values == values[..., :1, :]).all()):
+            return None
+        return self._constant(one, "sink", self._dtype)
 
     def _constant(self, values: torch.Tensor, name: str, dtype: torch.dtype) -> fx.Node:
         key = ("constant of attention", self.node, name)
@@ -305,7 +312,7 @@ class _Newest:
         for name in (*ADDED, "gain", "sink", "mix_before", "mix_after", "mix_shift"):
             if is_tensor(bound.get(name)):
                 rows[name] = self._row(name, added, heads, window)
-        rows.update(query=query, key=key, value=value, causal=False, mask=self._mask(window),
+        rows.update(query=query, key=key, value=value, causal=False, mask=self._mask(window, added),
                     fill=self._fill(), groups=heads // shape_of(key)[1])
         found = build.item(build.call(attention.overload, **_rest(rows)), 0)
         return build.call(aten.squeeze.dim, found, 2)
@@ -342,14 +349,14 @@ class _Newest:
                 distances.moves_in_pairs(arg, facts) or distances.of_keys(arg, facts)):
             return None
         assert window is not None
-        row = distances.pairs(arg, facts, window)[:, -1] != 0
+        row = distances.pairs(arg, facts, window)[:, -1] == 0
         return None if bool(row.all()) else row
 
     def _fill(self) -> float | None:
         """What a hidden key's score is: the model's where its mask is a row of the window."""
         return self.bound.get("fill") if self._row_mask() is not None else None
 
-    def _mask(self, window: int) -> fx.Node:
+    def _mask(self, window: int, added: Mapping[str, Added]) -> fx.Node:
         """(M, 1, 1, window) or more heads: which places of the window are seen."""
         build, joint, row = self.build, self.joint, self._row_mask()
         if self.bound.get("mask") is not None and self.bound["mask"] in build.facts:
@@ -359,6 +366,8 @@ class _Newest:
         filled = build.call(aten.reshape.default, filled, [build.count, 1, 1, window])
         if self.sight.strict:
             row = torch.arange(window - 1, -1, -1)[None] >= self.sight.strict
+        if "mask" in added:
+            row = added["mask"].row(window) == 0
         if row is None:
             return filled
         seen = self._constant(self._by_head(row)[:, None, :], "mask", torch.bool)

@@ -134,8 +134,36 @@ def kept_of(bound: Mapping[str, Any], facts: Facts) -> Kept:
         if name == "mask" and fill is not None and fill > DROPPED and found != Kept():
             raise Refused(f"gives masked keys the score {fill}, so that they are seen nevertheless",
                           "a mask that drops keys")
+        if found is not None and found.opaque:
+            found = _spread(node, facts)
         kept = kept & (_hidden_by(node, facts) if found is None else found)
     return kept
+
+
+def is_band(bound: Mapping[str, Any], facts: Facts) -> bool:
+    """Whether the mask keeps all keys of a band; else what it hides is known by distance."""
+    found = _verdict(bound["mask"], bound, facts)
+    return found is not None and not found.opaque
+
+
+def _spread(node: fx.Node, facts: Facts) -> Kept:
+    """The band around the keys that a mask keeps by distance, though not all in between."""
+    if node in facts or not moves_in_pairs(node, facts):
+        return OPAQUE
+    reaches: list[tuple[int, int]] = []
+    for length, values in _looked_at(node, facts):
+        kept = (values > DROPPED).any(0)
+        if bool((kept[1:, 1:] != kept[:-1, :-1]).any()):
+            return OPAQUE
+        back = (torch.arange(length)[:, None] - torch.arange(length))[kept]
+        if back.numel():
+            reaches.append((int(back.max()), -int(back.min())))
+    ends = [len(set(side)) for side in zip(*reaches, strict=True)]
+    if len(reaches) < 2 or any(1 < n < len(reaches) for n in ends):
+        return OPAQUE
+    before, after = (side[0] if n == 1 else None
+                     for side, n in zip(zip(*reaches, strict=True), ends, strict=True))
+    return Kept(before, after)
 
 
 def _verdict(node: fx.Node, bound: Mapping[str, Any], facts: Facts) -> Kept | None:
@@ -182,10 +210,14 @@ def _is_time(size: Any, facts: Facts) -> bool:
 def pairs(node: fx.Node, facts: Facts, length: int) -> torch.Tensor:
     """(heads or 1, length, length) float64: a tensor that is added, for so many tokens.
 
+    A mask adds 0 where it keeps a key, and -inf where it does not.
+
     Raises:
         Refused: it differs between rows, or can't be computed.
     """
     values = over_window(node, facts, length)
+    if values.dtype is torch.bool:
+        values = torch.where(values, 0.0, -torch.inf)
     values = values[(None,) * max(0, 2 - values.ndim)]
     values = values.expand(*values.shape[:-2], length, length)
     if values.ndim > 3:
@@ -296,7 +328,7 @@ def _by_place(looked: list[tuple[int, torch.Tensor]]) -> Added:
     if not bool(even):
         raise Refused("adds to its scores what depends on the place of a key",
                       "a bias by distance")
-    return Added(slopes=-steps.mean(1))
+    return Added(slopes=steps.mean(1))
 
 
 def last_row(node: fx.Node, facts: Facts, window: int) -> Added:

@@ -182,10 +182,15 @@ class _Leaves:
         return self.builder.count
 
 
-def position_references(facts: Facts) -> Mapping[str, Callable[..., torch.Tensor]]:
+def position_references(facts: Facts,
+                        start: int = 0) -> Mapping[str, Callable[..., torch.Tensor]]:
     """For positions that begin anew: what stands for the nodes that count them, by name.
 
     Each takes the node's own arguments in a run over a whole sequence.
+
+    Args:
+        facts: what is known of the model.
+        start: the index, in the stream, of the first token of that sequence.
     """
     found: dict[str, Callable[..., torch.Tensor]] = {}
     time = symbols_of_time(facts)
@@ -198,20 +203,21 @@ def position_references(facts: Facts) -> Mapping[str, Callable[..., torch.Tensor
             continue
         free = free_of(node, facts.module, time)
         if free.limit is not None:
-            found.update({n.name: _recycled(n, counter, free.limit)
+            found.update({n.name: _recycled(n, counter, free.limit, start)
                           for n, counter in free.counters.items()})
     return found
 
 
-def _recycled(node: fx.Node, counter: Counter, limit: int) -> Callable[..., torch.Tensor]:
+def _recycled(node: fx.Node, counter: Counter, limit: int,
+              begin: int) -> Callable[..., torch.Tensor]:
     """The values of a node whose count begins anew after `limit`."""
     def from_table(table: torch.Tensor, axis: int, start: Any, stop: int, *_: Any) -> torch.Tensor:
-        places = torch.arange(stop - counter.first).remainder(limit) + counter.first
-        return table.index_select(axis, places)
+        places = torch.arange(begin, begin + stop - counter.first).remainder(limit)
+        return table.index_select(axis, places + counter.first)
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
         made = node.target(*args, **kwargs)
         index = (made - counter.first).div(counter.step, rounding_mode="floor").to(torch.int64)
-        return (index.remainder(limit) * counter.step + counter.first).to(made.dtype)
+        return ((index + begin).remainder(limit) * counter.step + counter.first).to(made.dtype)
 
     return counted if counter.table is None else from_table

@@ -38,6 +38,7 @@ LENGTHS = (5, 8, 13, 40)  # at which a value is looked at
 AWAY = 2**40  # beyond every position that a stream reaches: about a million years of audio
 LOOK_UPS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default,
             aten.gather.default)
+PAIRS = (aten.polar.default, aten.complex.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +102,11 @@ def _looked_at(node: fx.Node, module: fx.GraphModule, time: frozenset[sympy.Symb
         return Free(node, reason="it takes too many operators to make")
     if not time and axis is None:
         return Free(node, graph=graph)
+    moves = bool(time & set(symbols(graph.sources)))
+    if time and not moves:
+        return Free(node, graph=graph)
     seen = list(_values(graph, time))
-    if len(seen) < (2 if time else 1):
+    if len(seen) < (2 if moves else 1):
         return Free(node, graph=graph, reason="it can't be computed at other lengths")
     if axis is not None:
         return _indexed(node, graph, axis, seen)
@@ -244,7 +248,7 @@ def _count(node: fx.Node, values: list[Any], length: int | None) -> Counter | No
     axes = _axes_of(values, length)
     if len(axes) != 1 or longest.shape[axes[0]] < 2:
         return None
-    moved = longest.movedim(axes[0], 0).flatten(1)
+    moved = longest.movedim(axes[0], 0).reshape(longest.shape[axes[0]], -1)
     if moved.shape[1] < 1 or not bool((moved == moved[:, :1]).all()):
         return None
     numbers = moved[:, 0].double()
@@ -330,7 +334,18 @@ class _Writer:
         args = in_double(fx.node.map_arg(node.args, self.at))
         kwargs = {name: in_double(value) for name, value in
                   fx.node.map_arg(dict(node.kwargs), self.at).items()}
-        return self.build.call(node.target, *self._widened(node, args), **kwargs)
+        args = self._widened(node, args)
+        if node.target in PAIRS:
+            return self._pairs(*args, polar=node.target is aten.polar.default)
+        return self.build.call(node.target, *args, **kwargs)
+
+    def _pairs(self, first: Any, second: Any, polar: bool) -> Any:
+        """Complex numbers; torch's own shape rule for them would fix the number of rows."""
+        call = self.build.call
+        if polar:
+            parts = [call(turn, second) for turn in (aten.cos.default, aten.sin.default)]
+            first, second = (call(aten.mul.Tensor, first, part) for part in parts)
+        return call(aten.view_as_complex.default, call(aten.stack.default, [first, second], -1))
 
     def _counted(self, node: fx.Node, counter: Counter) -> Any:
         call, rank = self.build.call, len(shape_of(node))

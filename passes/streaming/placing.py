@@ -113,8 +113,9 @@ def indexed(build: StepBuilder, arg: fx.Node, kind: Indexed, like: Any, extent: 
 
     axis = kind.time_axis
     assert axis is not None
-    if isinstance(like, Windowed):
-        found = free.emit_windowed(arg, build, build.facts.window)
+    window = build.facts.window
+    if isinstance(like, Windowed) and window is not None:
+        found = free.emit_windowed(arg, build, window)
         return build.newest(found, axis, like.window, extent)
     return _by_row(build, by_index(build, arg, like), axis - len(kind.axes), like)
 
@@ -152,6 +153,11 @@ def entries(build: StepBuilder, length: int, rate: int, delay: int) -> fx.Node:
     """
     index = build.index(rate, delay)
     if build.facts.continual.positions == "recycle":
+        window = build.facts.window if build.facts.semantics == "window" else None
+        if window is not None and length < 2 * window - 1:
+            raise Refused(f"has {length} positions, and {2 * window - 1} are needed so that no two "
+                          f"tokens near a window of {window} share one",
+                          "a longer table, or a shorter window")
         note = f"positions begin anew after {length}: a change of the model"
         if note not in build.facts.notes:
             build.facts.notes.append(note)
