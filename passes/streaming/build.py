@@ -134,13 +134,17 @@ def semantics_of(facts: Facts) -> str:
     """What the steps equal, as the report says it."""
     if facts.semantics == "window":
         return f"window({facts.window})"
-    held = "unbounded" if facts.window is None else str(facts.window)
+    seen = [tokens for _, tokens in facts.windows] or [facts.window]
+    known = [tokens for tokens in seen if tokens is not None]
+    held = str(max(known)) if len(known) == len(seen) else "unbounded"
     return f"banded({held})" + (", truncates" if facts.truncates else "")
 
 
 def _reach(kinds: list[Any], facts: Facts) -> int | None:
-    reaches = [facts.window if isinstance(k, Windowed) else k.reach for k in kinds]
-    return None if None in reaches else max(reaches, default=1)
+    reaches: list[int | None] = [facts.window if isinstance(k, Windowed) else k.reach
+                                 for k in kinds]
+    known = [reach for reach in reaches if reach is not None]
+    return None if len(known) < len(reaches) else max(known, default=1)
 
 
 def _first(kind: Any, facts: Facts) -> int:

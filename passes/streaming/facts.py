@@ -238,7 +238,8 @@ def _joined(kinds: Sequence[Any], axes: Axes, facts: Facts) -> Any:
         return together
     if together is not None:
         facts.lift(together)
-    return Windowed(axes, windowed[0].window, any(k.final for k in [*stepped, *windowed]))
+    final = any(k.final for k in stepped) or any(k.final for k in windowed)
+    return Windowed(axes, windowed[0].window, final)
 
 
 def _stepped(kinds: Sequence[Stepped], axes: Axes) -> Stepped:

@@ -55,7 +55,8 @@ def _like_values(kind: Any, node: fx.Node, axes: Axes, first: int) -> Kinds:
     """The kinds of a node's results: axes before `first` are kept, others have their sizes."""
     value = value_of(node)
     if not isinstance(value, tuple | list):
-        return kind.with_axes(axes)  # type: ignore[no-any-return]
+        found: Kind = kind.with_axes(axes)
+        return found
     return tuple(kind.with_axes((*axes[:first], *(plain(s) for s in part.shape[first:])))
                  if part.ndim == len(axes) else Still(tuple(plain(s) for s in part.shape))
                  for part in value)

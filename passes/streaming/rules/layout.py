@@ -173,6 +173,16 @@ def _interleave(node: fx.Node, build: StepBuilder) -> fx.Node:
                       given["dim"])
 
 
+def _as_complex(node: fx.Node, facts: Facts, axes: Axes) -> Axes:
+    if not is_plain(axes[-1]):
+        raise Refused("makes complex numbers of tokens")
+    return axes[:-1]
+
+
+def _as_real(node: fx.Node, facts: Facts, axes: Axes) -> Axes:
+    return (*axes, plain(2))
+
+
 RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default,
             aten.view_copy.default, aten.flatten.using_ints, aten.unflatten.int,
             aten.view_as.default, aten._reshape_alias.default)
@@ -191,3 +201,5 @@ expand = Rule((aten.expand.default, aten.expand_copy.default, aten.expand_as.def
                aten.broadcast_to.default), moved(_expanded), _expand)
 repeat = Rule((aten.repeat.default, aten.tile.default), moved(_repeated), _repeat)
 interleave = Rule((aten.repeat_interleave.self_int,), moved(_interleaved), _interleave)
+as_complex = Rule((aten.view_as_complex.default,), moved(_as_complex), as_it_is)
+as_real = Rule((aten.view_as_real.default,), moved(_as_real), as_it_is)

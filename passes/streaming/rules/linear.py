@@ -169,7 +169,7 @@ def _emit_einsum(node: fx.Node, build: StepBuilder) -> fx.Node:
     for part, tensor in zip(inputs, node.args[1], strict=True):
         own = build.kind(tensor)
         if isinstance(own, Indexed):
-            if build.extent(node) > 1 or batch in part or len(kind.axes[kind.batch_axis or 0]) > 1:
+            if build.extent(node) > 1 or (batch or " ") in part or len(kind.axes[kind.batch_axis or 0]) > 1:
                 raise Refused("multiplies matrices of positions")
             operands.append(placing.by_index(build, tensor, kind))
             part = part if batch is None else part.replace(time or "", batch)

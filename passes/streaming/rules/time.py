@@ -144,11 +144,11 @@ def _newest(kind: Stepped | Windowed, taken: Taken, facts: Facts, axes: Axes) ->
     back = _back(kind, taken, facts)
     if kind.final and back + taken.kept > 1:
         raise Refused("asks for other positions of a value that is known at the newest alone")
-    kind = settled(kind)
-    behind = (back + taken.kept - 1) * kind.rate
-    reach = None if kind.reach is None else kind.reach + behind
-    return dataclasses.replace(kind, axes=axes, reach=reach, final=True,
-                               first=max(kind.first, kind.delay) + behind)
+    whole: Stepped = settled(kind)
+    behind = (back + taken.kept - 1) * whole.rate
+    reach = None if whole.reach is None else whole.reach + behind
+    return dataclasses.replace(whole, axes=axes, reach=reach, final=True,
+                               first=max(whole.first, whole.delay) + behind)
 
 
 def _select(node: fx.Node, facts: Facts) -> Kind | None:
