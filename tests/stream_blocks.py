@@ -30,6 +30,12 @@ def causal(length: int) -> torch.Tensor:
     return nn.Transformer.generate_square_subsequent_mask(length)
 
 
+def in_band(length: int, band: int | None) -> torch.Tensor:
+    """Which keys each query sees: itself and those before, so many in all."""
+    kept = torch.ones(length, length, dtype=torch.bool).tril()
+    return kept if band is None else kept.triu(1 - band)
+
+
 class Encoder(nn.Module):
     """nn.TransformerEncoder, causal by its mask or not."""
 
@@ -38,11 +44,13 @@ class Encoder(nn.Module):
         super().__init__()
         layer = nn.TransformerEncoderLayer(width, heads, 2 * width, batch_first=True, **options)
         self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-        self.is_causal = is_causal
+        self.is_causal, self.band = is_causal, None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.is_causal:
             return self.layers(x)
+        if self.band is not None:
+            return self.layers(x, mask=~in_band(x.shape[1], self.band))
         return self.layers(x, mask=causal(x.shape[1]), is_causal=True)
 
 
@@ -55,6 +63,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(E, E + 2 * E // groups)
         self.out = nn.Linear(E, E)
         self.added, self.turn, self.groups, self.sdpa = added, turn, groups, sdpa
+        self.band: int | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts = self.qkv(x).split([E, E // self.groups, E // self.groups], -1)
@@ -63,16 +72,25 @@ class Attention(nn.Module):
             q, k = self.turn(q), self.turn(k)
         if self.groups > 1:
             k, v = (t.repeat_interleave(self.groups, 1) for t in (k, v))
-        keep = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-        if self.sdpa:
+        if self.sdpa and self.band is None:
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             scores = q @ k.transpose(-1, -2) / math.sqrt(E // H)
             if self.added is not None:
                 scores = scores + self.added(scores)
-            scores = scores.masked_fill(~keep, -math.inf)
+            scores = scores.masked_fill(~in_band(x.shape[1], self.band), -math.inf)
             mixed = scores.softmax(-1) @ v
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def banded(model: nn.Module, window: int) -> nn.Module:
+    """The model with a band put over each of its causal masks by hand."""
+    for part in model.modules():
+        if hasattr(part, "band"):
+            part.band = window
+        elif isinstance(part, Sliding):
+            part.window = min(part.window, window)
+    return model
 
 
 class Block(nn.Module):

@@ -85,7 +85,7 @@ def of(*layers: nn.Module) -> nn.Module:
 BANDED, OPEN, LAST = Continual(window=W), Continual(), Continual(window=W, time_dim=2)
 ALONG_2 = Continual(time_dim=2)
 WINDOW = Continual(window=W, semantics="window")
-CUT, WHOLE, OWN = f"banded({W}), truncates", "banded", "banded"
+CUT, WHOLE, OWN = f"banded({W}), truncates", "banded(unbounded)", "banded(7)"
 
 STREAMS = (
     Verdict("causal encoder", lambda: Encoder(), tokens(), BANDED, CUT),

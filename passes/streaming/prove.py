@@ -22,7 +22,7 @@ from bincompile.passes.streaming.analysis import Analysis, analyse
 from bincompile.passes.streaming.compare import Comparison, Expected
 from bincompile.passes.streaming.double import doubled, wide
 from bincompile.passes.streaming.draw import Sequences, draw, finite_share
-from bincompile.passes.streaming.reference import Reference
+from bincompile.passes.streaming.reference import Reference, lengths_allowed
 from bincompile.passes.streaming.span import Span
 from bincompile.passes.streaming.stepper import HOMES, ROWS, Stepper, walk
 from bincompile.program import Program
@@ -78,9 +78,11 @@ class _Proof:
     def of(cls, steps: StepProgram, program: Program, continual: Continual) -> _Proof:
         analysis = analyse(program, continual)
         window = analysis.window if analysis.semantics == "window" else None
-        span = Span.of(steps, program, window)
         reference = Reference.of(steps, program, analysis)
-        sequences = draw(steps, program, len(HOMES), span.length, SEED)
+        span = Span.of(steps, program, window, reference.length)
+        least = max(lengths_allowed(program, taken)[0] for taken in steps.inputs)
+        sequences = draw(steps, program, len(HOMES),
+                         reference.length or max(least, span.length), SEED)
         expected = Expected.of(reference, sequences, span, window)
         if finite_share(expected.values) < LEAST_FINITE:
             sequences = sequences.positive()

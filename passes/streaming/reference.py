@@ -16,8 +16,9 @@ from bincompile.passes.graph import value_of
 from bincompile.passes.sizes import equal
 from bincompile.passes.streaming.analysis import Analysis
 from bincompile.passes.streaming.double import doubled, wide
-from bincompile.passes.streaming.draw import Sequences, batch_size
+from bincompile.passes.streaming.draw import Sequences, batch_size, draw
 from bincompile.passes.streaming.kinds import BATCH, PLAIN, TIME, Axes
+from bincompile.passes.streaming.retime import retimed
 from bincompile.program import Program
 from bincompile.steps import StepProgram, TimeInput
 
@@ -56,10 +57,29 @@ class Reference:
         length = value_of(nodes[first.position]).shape[first.time_axis]
         size = batch_size(nodes, steps.inputs)
         batch = 0 if size is None else size if isinstance(size, int) else None
-        function = doubled(program.graph_module, analysis.references, double)
-        return cls(steps, program, function, double, batch,
-                   length if isinstance(length, int) else None,
-                   tuple(analysis.facts.kind(n).axes for n in _outputs(program)))
+        fixed = isinstance(length, int)
+        function = doubled(program.graph_module, {
+            **(retimed(analysis) if fixed else {}), **analysis.references}, double)
+        found = cls(steps, program, function, double, batch, None,
+                    tuple(analysis.facts.kind(n).axes for n in _outputs(program)))
+        return dataclasses.replace(found, length=length) \
+            if fixed and not found._runs_on(length) else found
+
+    def _runs_on(self, length: int) -> bool:
+        """Whether a program that was captured with so many tokens runs on others alike."""
+        short = draw(self.steps, self.program, 1, length, 0)
+        long = draw(self.steps, self.program, 1, 2 * length, 0)
+        short = dataclasses.replace(short, tokens=long.until(length).tokens)
+        long = dataclasses.replace(long, statics=short.statics)
+        try:
+            whole, part = self(long), self(short)
+        except (RuntimeError, IndexError, ValueError):  # a size that the graph holds
+            return False
+        steps = self.steps
+        count = 1 + (length - 1 - steps.delay) // steps.rate
+        return all(axis is None or torch.allclose(
+            a[:, :count].double(), b[:, :count].double(), equal_nan=True)
+            for a, b, axis in zip(whole, part, steps.answers, strict=True))
 
     def __call__(self, sequences: Sequences) -> list[torch.Tensor]:
         """The flat outputs, each `arranged`."""
@@ -139,7 +159,7 @@ def lengths_allowed(program: Program, taken: TimeInput) -> tuple[int, int | None
     """The fewest and the most tokens that one call of the program may have."""
     spec = program.signature.inputs[taken.position]
     symbol = spec.shape[taken.time_axis]
-    if not isinstance(symbol, str):
-        return symbol, symbol
+    if not isinstance(symbol, str):  # `Reference.length` says whether it has to be that many
+        return 1, None
     return program.signature.ranges.get(symbol, (1, None))
 

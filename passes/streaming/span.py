@@ -41,11 +41,19 @@ class Span:
     marks: tuple[int, ...]
 
     @classmethod
-    def of(cls, steps: StepProgram, program: Program, window: int | None) -> Span:
-        """The span of these steps; `window` is that of window semantics, else None."""
+    def of(cls, steps: StepProgram, program: Program, window: int | None,
+           fixed: int | None = None) -> Span:
+        """The span of these steps.
+
+        Args:
+            steps: what is proven.
+            program: the whole-sequence program.
+            window: that of window semantics, else None.
+            fixed: the number of tokens that the program can run on, where there is just one.
+        """
         wanted, weights = _wanted(steps), _weight_bytes(program)
         nodes = len(steps.program.at("steps").graph.nodes)
-        most = _most(steps, program) if window is None else steps.limit
+        most = _most(steps, program, fixed) if window is None else steps.limit
         rows, flops = 2, weights / 4 * 2
         each = {"float64": nodes * NODE_SECONDS + 2 * weights / BYTES_PER_SECOND,
                 "kernels": nodes * NODE_SECONDS / 2 + weights / BYTES_PER_SECOND,
@@ -82,10 +90,10 @@ def _wanted(steps: StepProgram) -> int:
     return max(least + steps.first + steps.delay, LEAST // 2) + SPARE * steps.rate
 
 
-def _most(steps: StepProgram, program: Program) -> int | None:
+def _most(steps: StepProgram, program: Program, fixed: int | None) -> int | None:
     """The most steps that one run of the whole-sequence program covers."""
     found = [lengths_allowed(program, taken)[1] for taken in steps.inputs]
-    return min((n for n in (*found, steps.limit) if n is not None), default=None)
+    return min((n for n in (*found, steps.limit, fixed) if n is not None), default=None)
 
 
 def _weight_bytes(program: Program) -> int:
