@@ -209,13 +209,13 @@ def plain(size: Any) -> Axis:
 
 
 def is_table(kind: Any, axes: Axes) -> bool:
-    """Whether a kind has a plain axis where the others have time: a value for each index."""
-    if not isinstance(kind, Still):
+    """Whether a kind has a plain axis where others have time of that size: a value per index."""
+    whole = Kind(axes)
+    if not isinstance(kind, Still) or whole.time_axis is None:
         return False
-    at = next(Kind(axes).axes_of(TIME), None)
-    own = None if at is None else at - len(axes) + len(kind.axes)
-    return own is not None and own >= 0 and bool(kind.axes[own]) \
-        and all(a.role not in (TIME, BATCH) for a in kind.axes[own])
+    own = whole.time_axis - len(axes) + len(kind.axes)
+    return own >= 0 and bool(kind.axes[own]) and axis_size(kind.axes[own]) == whole.length \
+        and all(atom.role == PLAIN for atom in kind.axes[own])
 
 
 def parts_of(kind: Kinds) -> tuple[Kind, ...]:

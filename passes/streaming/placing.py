@@ -132,8 +132,10 @@ def by_index(build: StepBuilder, arg: fx.Node, like: Any) -> fx.Node:
 
 def table(build: StepBuilder, arg: fx.Node, kind: Still, like: Any, extent: int) -> fx.Node:
     """The entries of a stored tensor that has one for each index, where `like` has its rows."""
-    time = like.time_axis
-    axis = time - len(like.axes)
+    if kind.prepared:
+        raise Refused("takes a value for each index from an input that does not change with time",
+                      "that input as a stream: Continual(time_dim={name: axis})")
+    axis = like.time_axis - len(like.axes)
     whole = still(build, arg, like)
     length = int(shape_of(whole)[axis])
     if isinstance(like, Windowed):
