@@ -110,11 +110,11 @@ def _slides(node: fx.Node, facts: Facts) -> Kinds | None:
         found = moved(read.with_axes(axes), pool.sweep(axis), axis, shape[axis], facts)
     if not isinstance(held, tuple | list):
         return found  # type: ignore[no-any-return]
-    _refuse_places(node)
+    refuse_places(node)
     return found, Still(())
 
 
-def _refuse_places(node: fx.Node) -> None:
+def refuse_places(node: fx.Node) -> None:
     """Raise where something reads at which position a maximum was."""
     if any(user.args[1] != 0 and user.users for user in node.users):
         raise Refused("says at which position of time a value was", "the values alone")
@@ -244,7 +244,7 @@ def _pools_all(node: fx.Node, facts: Facts) -> Kinds | None:
     several = isinstance(value_of(node), tuple | list)
     found = _whole(node, kind, axes, facts)
     if several:
-        _refuse_places(node)
+        refuse_places(node)
     assert axis is not None
     return (found, Still(())) if several else found
 
