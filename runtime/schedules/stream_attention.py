@@ -1,0 +1,125 @@
+"""Attention of each row's newest token to the tokens in its ring, and the ring's next slot.
+
+The keys of 16 slots lie side by side, feature by feature, so that one query number times a vector
+gives the scores of 16 slots without a horizontal sum. The new key and value are used as they came
+and written last: nothing waits for a store. Slots that the token does not see are never added up.
+
+Arguments: query (M, H, features), key (M, G, features), value (M, G, width), each of any strides
+but the last axis's; keys (N, G, tiles, features, 16), values (N, G, tiles * 16, width), rows (M)
+and clock (N) int64, [sink (H)], [extra_keys (G, X, features), extra_values (G, X, width)],
+[bias (H or 1, L)], [slopes (H)], scale, softcap, window, rate, delay (numbers), out (M, H, width).
+The functions return how things went: 0, or 1 for a row that is not there, or 2 for a ring that has
+no slot left; nothing is read or written of such a row. No row depends on how the work is split.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bincompile.runtime.schedules import vector_math
+from bincompile.runtime.schedules.attention_parts import helpers
+from bincompile.runtime.schedules.common import LANE, MODES, ceil_div
+from bincompile.runtime.schedules.stream_queries import HEADS, Facets, Head, Tensors, Token, kept
+
+# Passes of TVM without use here that would take half of the time of a compilation.
+SKIPPED = ("s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse")
+_FIRST = """
+define float @bincompile_first(<16 x float> %v) alwaysinline {
+  %r = extractelement <16 x float> %v, i32 0
+  ret float %r
+}
+"""
+
+
+def build(**parameters: Any) -> Any:
+    """The IRModule of these `Facets`, with one function for each of `MODES`."""
+    from tvm.script.ir_builder import IRBuilder
+    from tvm.script.ir_builder import ir as I
+    from tvm.tirx.script import builder as T
+
+    facets = Facets(**parameters)
+    with IRBuilder() as builder, I.ir_module():
+        for mode in MODES:
+            with T.prim_func():
+                _function(T, mode, facets)
+    return builder.get()
+
+
+def _function(T: Any, mode: str, facets: Facets) -> None:
+    """All rows: "rows" splits them among threads, "panels" the heads of each."""
+    rows_loop, heads_loop = (getattr(T, kind) for kind in MODES[mode])
+    tensors = _arguments(T, mode, facets)
+    count, rows, groups, tiles = tensors.sizes
+    with T.attr(0, "pragma_import_llvm", _text(facets)):
+        bad = T.alloc_buffer((1,), "int32")
+        T.buffer_store(bad, T.int32(0), [0])
+        shared = _scores(T, tiles) if mode == "serial" else None
+        with rows_loop(0, count) as place:
+            row = kept(T, tensors.rows[place])
+            with T.If(T.And(row >= 0, row < rows)):
+                with T.Then():
+                    index = kept(T, -T.floordiv(tensors.delay - tensors.clock[row],
+                                                 tensors.rate))
+                    full = index >= tiles * LANE if facets.unbounded else T.bool(False)
+                    with T.If(full):
+                        with T.Then():
+                            T.buffer_store(bad, T.int32(2), [0])
+                        with T.Else(), heads_loop(0, groups) as group:
+                            scores = _scores(T, tiles) if shared is None else shared
+                            Head(T, facets, tensors, _token(T, tensors, place, row, index), group,
+                                 scores).run()
+                with T.Else():
+                    T.buffer_store(bad, T.int32(1), [0])
+        T.Return(bad[0])
+
+
+def _text(facets: Facets) -> str:
+    """LLVM text of what is called; what two parts declare is declared once."""
+    parts = (helpers(facets.avx512), _FIRST, vector_math.helpers("tanh") if facets.softcap else "")
+    lines = "\n".join(parts).splitlines()
+    declared = dict.fromkeys(line for line in lines if line.startswith("declare "))
+    return "\n".join([*declared, *(line for line in lines if line not in declared)])
+
+
+def _token(T: Any, tensors: Tensors, place: Any, row: Any, index: Any) -> Token:
+    slots = tensors.sizes[3] * LANE
+    return Token(place, row, kept(T, T.floormod(index, slots)),
+                 kept(T, T.min(index + 1, tensors.window)),
+                 kept(T, ceil_div(T.min(index, slots), LANE)), slots)
+
+
+def _scores(T: Any, tiles: Any) -> Any:
+    return T.alloc_buffer((HEADS, tiles * LANE), "float32")
+
+
+def _arguments(T: Any, name: str, facets: Facets) -> Tensors:
+    T.func_name(name)
+    T.func_attr({"global_symbol": name, "tirx.noalias": True})
+    m, n, heads, groups, tiles, extras, length = (T.int64() for _ in range(7))
+
+    def argument(label: str, shape: tuple[Any, ...], dtype: str = "float32",
+                 strided: bool = False) -> Any:
+        strides = [T.int64() for _ in shape[1:]] + [T.int64(1)] if strided else None
+        sizes = [T.int64(size) if isinstance(size, int) else size for size in shape]
+        return T.match_buffer(T.arg(label, T.handle()), sizes, dtype, strides=strides,
+                              align=8 if dtype == "int64" else 4)
+
+    def optional(wanted: Any, label: str, *shape: Any) -> Any:
+        return argument(label, shape) if wanted else None
+
+    return Tensors(
+        (m, n, groups, tiles),
+        *(argument(label, (m, heads if label == "query" else groups, size), strided=True)
+          for label, size in (("query", facets.features), ("key", facets.features),
+                              ("value", facets.width))),
+        argument("keys", (n, groups, tiles, facets.features, LANE)),
+        argument("values", (n, groups, tiles * LANE, facets.width)),
+        argument("rows", (m,), "int64"), argument("clock", (n,), "int64"),
+        optional(facets.sink, "sink", heads),
+        optional(facets.extras, "extra_keys", groups, extras, facets.features),
+        optional(facets.extras, "extra_values", groups, extras, facets.width),
+        optional(facets.bias, "bias", heads if facets.bias == "heads" else 1, length),
+        optional(facets.slopes, "slopes", heads),
+        T.arg("scale", T.float32()), T.arg("softcap", T.float32()),
+        *(T.arg(label, T.int64()) for label in ("window", "rate", "delay")),
+        argument("out", (m, heads, facets.width)))
