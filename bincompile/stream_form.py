@@ -118,16 +118,17 @@ class StreamForm:
         told = ", ".join(map(str, self.statics)) or "no inputs beside the number of rows"
         if unknown := sorted(set(statics) - set(names)):
             raise InputTypeError(f"an input {unknown[0]!r} of a stream", told, "the call")
-        values = []
-        for spec in self.statics:
-            if spec.name not in statics and spec.dtype is not None:
-                raise InputTypeError(f"a stream without {spec.name}", told,
-                                     f"stream({spec.name}=...): it does not change with time")
-            value = statics.get(spec.name, spec.constant)
-            values.append(value.detach() if isinstance(value, torch.Tensor) else value)
         if self.prepare is None:
             return ()
-        self._check_statics(count, values)
+        self._check_statics(count, [(spec, statics[spec.name]) for spec in self.statics
+                                    if spec.name in statics])
+        values = []
+        for spec, is_read in zip(self.statics, self._read, strict=True):
+            if is_read and spec.name not in statics and spec.dtype is not None:
+                raise InputTypeError(f"a stream without {spec.name}", told,
+                                     f"stream({spec.name}=...): it does not change with time")
+            value = statics.get(spec.name, self._stand_in(spec, count))
+            values.append(value.detach() if isinstance(value, torch.Tensor) else value)
         with torch.inference_mode(False):
             found = self.prepare(*values)
         if wrong := [tensor for tensor in found if tensor.shape[0] != count]:
@@ -135,16 +136,34 @@ class StreamForm:
                              "the batch of the inputs that do not change with time")
         return found
 
-    def _check_statics(self, count: int, values: Sequence[Any]) -> None:
+    @functools.cached_property
+    def _read(self) -> list[bool]:
+        """Of each of those inputs whether anything follows from it."""
+        assert self.steps.prepare is not None
+        return [bool(node.users) for node in self.steps.prepare.graph.nodes
+                if node.op == "placeholder"]
+
+    def _stand_in(self, spec: InputSpec, count: int) -> Any:
+        """A value of an input that nothing follows from; a constant as it was captured."""
+        if spec.dtype is None:
+            return spec.constant
+        sizes = [size if isinstance(size, int) else count if size == self._batch_symbol else 1
+                 for size in spec.shape]
+        return torch.zeros(sizes, dtype=spec.dtype)
+
+    def _check_statics(self, count: int, given: Sequence[tuple[InputSpec, Any]]) -> None:
         """Raise unless these inputs are of the captured dtypes and sizes, the batch of `count`."""
-        whole = self.signature
-        dataclasses.replace(whole, inputs=self.statics, conditions=()).check(values)
+        specs, values = tuple(spec for spec, _ in given), [value for _, value in given]
+        dataclasses.replace(self.signature, inputs=specs, conditions=()).check(values)
         batch = self._batch_symbol
-        for spec, value in zip(self.statics, values, strict=True):
+        for spec, value in given:
             for axis, size in enumerate(spec.shape if batch is not None else ()):
                 if size == batch and value.shape[axis] != count:
                     raise InputError(f"{spec.name} with size {value.shape[axis]} in dimension "
                                      f"{axis}", f"{count}: one for each row", spec.name)
+            if isinstance(value, torch.Tensor) and bool(torch.isnan(value).any()):
+                raise InputError(f"{spec.name} has values that are NaN", "numbers",
+                                 f"the input {spec.name}")
 
     @property
     def _batch_symbol(self) -> int | str | None:

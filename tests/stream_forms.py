@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -83,3 +84,37 @@ def expected(history: list[torch.Tensor], factor: float = 2.0) -> torch.Tensor:
     """What a step answers after these tokens of one row."""
     old = history[-1 - BACK] if len(history) > BACK else torch.zeros(WIDTH)
     return factor * torch.stack(history[-WINDOW:]).sum(0) + old
+
+
+def with_memory() -> StreamForm:
+    """`x[t] + 2 * memory`, of a memory for each row that does not change with time."""
+    graph, before = fx.Graph(), fx.Graph()
+
+    def placed(inside: fx.Graph, name: str, sizes: tuple, dtype=torch.float32) -> fx.Node:
+        node = inside.placeholder(name)
+        node.meta["val"] = TensorMeta(dtype, sizes)
+        return node
+
+    def called(inside: fx.Graph, target, *args) -> fx.Node:
+        node = inside.call_function(target, args)
+        node.meta["val"] = TensorMeta(torch.float32, ("m", 1, WIDTH))
+        return node
+
+    x, rows = placed(graph, "x", ("m", 1, WIDTH)), placed(graph, "rows", ("m",), torch.int64)
+    placed(graph, "clock", ("n",), torch.int64)
+    base = placed(graph, "base", ("n", 1, WIDTH))
+    mine = called(graph, torch.ops.aten.index_select.default, base, 0, rows)
+    graph.output((called(graph, torch.ops.aten.add.Tensor, x, mine),))
+    memory = placed(before, "memory", ("b", WIDTH))
+    placed(before, "unread", ("b", "l"))
+    twice = called(before, torch.ops.aten.mul.Tensor, memory, 2)
+    before.output((called(before, torch.ops.aten.unsqueeze.default, twice, 1),))
+    whole = dataclasses.replace(whole_signature(), inputs=(
+        *whole_signature().inputs, InputSpec("memory", torch.float32, ("b", WIDTH)),
+        InputSpec("unread", torch.float32, ("b", "l"))))
+    steps = StepProgram(
+        Program(fx.GraphModule({}, graph), whole, "steps"),
+        (TimeInput("x", 0, 1, True, (WIDTH,), torch.float32),),
+        (State("base", (1, WIDTH), torch.float32, prepared=0),), (1,), "by hand",
+        statics=(1, 2), prepare=Program(fx.GraphModule({}, before), whole, "steps"))
+    return StreamForm.bound(steps, whole, Target("cpu"), fingerprint_of(steps))

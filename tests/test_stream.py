@@ -331,3 +331,33 @@ def test_a_model_without_rows_has_one_stream() -> None:
                  lambda: bc.Stream(form, form.rows(1, {})).step(torch.ones(WIDTH), rows=[0])):
         with pytest.raises(bc.InputError, match="for a batch"):
             call()
+
+
+def test_inputs_that_do_not_change_are_given_once() -> None:
+    form, x, memory = stream_forms.with_memory(), tokens(2, 3), torch.tensor([[1.0, 2], [3, 4]])
+    stream = bc.Stream(form, form.rows(2, {"memory": memory}))
+    memory_then = memory.clone()
+    memory.zero_()
+    assert torch.equal(stream.step(x[:, 0]), x[:, 0] + 2 * memory_then)
+    assert stream.join(1, memory=torch.full((1, WIDTH), 5.0)).tolist() == [2]
+    stream.reset([0])
+    found = stream.step(torch.cat([x[:, 1], torch.zeros(1, WIDTH)]))
+    expected = torch.cat([x[:, 1] + 2 * memory_then, torch.full((1, WIDTH), 10.0)])
+    assert torch.equal(found, expected)
+    again = bc.Stream(form, form.rows(0, {"memory": torch.zeros(0, WIDTH)}))
+    again.load_state_dict(stream.state_dict())
+    assert torch.equal(again.step(x[:1, 2], rows=[1]), x[:1, 2] + 2 * memory_then[1:])
+
+
+@pytest.mark.parametrize(("statics", "error", "word"), [
+    ({}, bc.InputTypeError, "without memory"),
+    ({"memory": torch.zeros(1, WIDTH)}, bc.InputError, "2: one for each row"),
+    ({"memory": torch.zeros(2, WIDTH + 1)}, bc.InputError, "size 3"),
+    ({"memory": torch.zeros(2, WIDTH).double()}, bc.InputTypeError, "float64"),
+    ({"memory": torch.zeros(2, WIDTH) / 0}, bc.InputError, "NaN"),
+    ({"memory": 3}, bc.InputTypeError, "int"),
+    ({"memory": torch.zeros(2, WIDTH), "more": 1}, bc.InputTypeError, "'more'")])
+def test_wrong_inputs_that_do_not_change(statics: dict[str, Any], error: type[Exception],
+                                         word: str) -> None:
+    with pytest.raises(error, match=word):
+        stream_forms.with_memory().rows(2, statics)
