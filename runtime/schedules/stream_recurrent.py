@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from bincompile.runtime.schedules import vector_math
-from bincompile.runtime.schedules.common import LANE, span
+from bincompile.runtime.schedules.common import LANE, return_flag, span
 from bincompile.runtime.schedules.ticks import Steps, function, index_of, steps, tensor
 
 GATES = {"gru": 3, "lstm": 4, "tanh": 1, "relu": 1}
@@ -108,7 +108,7 @@ def _loops(T: Any, mode: str, layer: _Layer) -> None:
                 _rows(T, layer, [part * tile + n for n in range(tile)])
         if layer.size % tile:
             _rows(T, layer, range(layer.size // tile * tile, layer.size))
-    T.Return(bad[0])
+    return_flag(T, bad)
 
 
 def _rows(T: Any, layer: _Layer, units: Sequence[Any]) -> None:

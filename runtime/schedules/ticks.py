@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from bincompile.runtime.schedules.common import return_flag
+
 
 class Steps(NamedTuple):
     """The rows that take a step, as a function takes them."""
@@ -61,7 +63,7 @@ def each_step(T: Any, given: Steps, body: Callable[[Any, Any, Any], None]) -> No
                 body(place, row, index)
             with T.Else():
                 T.buffer_store(bad, T.int32(1), [0])
-    T.Return(bad[0])
+    return_flag(T, bad)
 
 
 def index_of(T: Any, given: Steps, row: Any) -> Any:
