@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import fx
 
-from bincompile.passes.graph import activations, is_tensor, value_of
+from bincompile.ops.attention import attention
+from bincompile.passes.graph import activations, aten, is_tensor, value_of
 from bincompile.passes.patterns import Context
 from bincompile.passes.streaming.distances import Sight, moves_in_pairs, sight_of
 from bincompile.passes.streaming.facts import Facts, settled
@@ -24,6 +25,7 @@ from bincompile.passes.streaming.kinds import (
     Still,
     Windowed,
     axis_size,
+    parts_of,
     plain,
 )
 from bincompile.passes.upstream import upstream
@@ -36,6 +38,7 @@ MEMORY = "static memory"
 STREAM = "tokens of the stream"
 POOL = "one query over the stream"  # that does not move with time
 PARTS = ("query", "key", "value")
+ATTENTIONS = (attention.overload,)
 THIRD = ("attends for all tokens of the window to what another attention has mixed already: every "
          "layer between the first and the last would be computed anew at every step")
 
@@ -132,7 +135,7 @@ def _stream(node: fx.Node, bound: Bound, axes: Axes, facts: Facts) -> Kind:
     if facts.semantics == "window":
         _check_window(bound, facts)
         facts.windows.append((owner(node), facts.window))
-        return Windowed(axes, facts.window or 0, joint.final)
+        return Windowed(axes, facts.positions(facts.kind(bound["query"]).length), joint.final)
     sight = sight_of(bound, facts)
     if isinstance(joint, Windowed):
         raise Refused("reads a whole window under banded semantics")
@@ -196,6 +199,37 @@ def _by_difference(bound: Bound, facts: Facts) -> bool:
     context = Context(facts.module, frozenset(activations(facts.module.graph)))
     turns = [upstream(bound[name], context).rope for name in ("query", "key")]
     return turns[0] is not None and turns[0] == turns[1]
+
+
+def is_mixed(arg: fx.Node, facts: Facts) -> bool:
+    """Whether an attention has joined the tokens of the window that a value is of."""
+    pending, met = [arg], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node in met or node not in facts or not any(
+                isinstance(part, Windowed) for part in parts_of(facts.kind(node))):
+            continue
+        if node.target in ATTENTIONS:
+            return True
+        met.add(node)
+        pending += node.all_input_nodes
+    return False
+
+
+def read_at_one_place(node: fx.Node, facts: Facts) -> bool:
+    """Whether all that is read of a window in the end is one of its positions."""
+    pending, met = [node], set[fx.Node]()
+    while pending:
+        found = pending.pop()
+        for user in (u for u in found.users if u not in met):
+            met.add(user)
+            if user.op == "output" or user.target in ATTENTIONS:
+                return False
+            if any(isinstance(part, Windowed) for part in parts_of(facts.kind(user))):
+                pending.append(user)
+            elif user.target not in (aten.select.int, aten.slice.Tensor):
+                return False
+    return True
 
 
 def is_windowed(bound: Bound, facts: Facts) -> bool:

@@ -53,8 +53,12 @@ def _apart(node: fx.Node, bound: Bound, build: StepBuilder) -> fx.Node:
     like, extent = result_kind(node, build), build.extent(node)
     keys = build.kind(bound["key"]).axes[-2]
     scores = like.with_axes((*like.axes[:-1], keys))
-    read = {name: build.read(arg, like if name in PARTS else scores, extent)
-            if is_tensor(arg) else arg for name, arg in bound.items()}
+
+    def part(name: str, arg: fx.Node) -> Any:
+        own = like.with_axes(build.kind(arg).axes) if name in PARTS else scores
+        return build.read(arg, own, extent)
+
+    read = {name: part(name, arg) if is_tensor(arg) else arg for name, arg in bound.items()}
     return build.item(build.call(attention.overload, **_rest(read)), 0)
 
 
@@ -70,8 +74,7 @@ class _Window:
         """The result for the whole window, or for its newest token."""
         build, bound, node = self.build, self.bound, self.node
         like, extent = result_kind(node, build), build.extent(node)
-        window = build.facts.window
-        assert window is not None
+        window = build.facts.positions(build.kind(bound["key"]).length)
         read: dict[str, Any] = dict(bound)
         for name in PARTS:
             read[name] = build.read(bound[name], like, extent if name == "query" else window)
@@ -91,7 +94,7 @@ class _Window:
             return build.read(arg, kind)
         if not isinstance(kind, Pairwise) and arg in build.facts:
             raise Refused("has a mask that depends on an input", "a mask of positions alone")
-        made = emit_windowed(arg, build, window)
+        made = emit_windowed(arg, build, build.facts.window or window)
         if extent == 1 and len(shape_of(made)) > 1 and shape_of(made)[-2] == window:
             made = build.call(aten.slice.Tensor, made, -2, window - 1, window)
         return made
@@ -100,6 +103,9 @@ class _Window:
         """The mask, and what hides the places of a window that no token has come to yet."""
         build = self.build
         lead = like.axes[:-2]
+        if window != build.facts.window:
+            raise Refused("reads more than the tokens of a window that is not full",
+                          "Continual(partial_window=False)")
         filled = build.call(stream_filled.overload, build.rows, build.clock, window, 1, 0)
         sizes = [build.count if any(a.role == BATCH for a in axis) else 1 for axis in lead]
         if any(a.role == BATCH and len(axis) > 1 for axis in lead for a in axis):

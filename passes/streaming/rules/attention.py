@@ -41,7 +41,8 @@ def demand(node: fx.Node, arg: fx.Node, asked: str, facts: Facts) -> str:
     case = attending.case_of(bound, facts)
     if case in (attending.WITHIN, attending.MEMORY):
         return asked
-    if asked == ALL and attending.is_windowed(bound, facts):
+    mixed = asked == ALL and any(attending.is_mixed(bound[n], facts) for n in ("key", "value"))
+    if mixed and not attending.read_at_one_place(node, facts):
         raise RefusedAt(node, Refused(attending.THIRD, "two layers of attention at most, a causal "
                                       "model, or Continual(semantics='banded')"))
     return asked if arg is bound["query"] and arg not in (bound["key"], bound["value"]) else ALL
