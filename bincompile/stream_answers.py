@@ -70,9 +70,9 @@ class Answers:
     @classmethod
     def of(cls, steps: StepProgram, signature: Signature) -> Answers:
         """What can be known of them before a step."""
-        nodes = list(steps.program.graph.nodes)
-        rows = nodes[len(steps.inputs)].meta["val"].shape[0]
-        results = nodes[-1].args[0]
+        places = [n for n in steps.program.graph.nodes if n.op == "placeholder"]
+        rows = places[len(steps.inputs)].meta["val"].shape[0]
+        (results,) = steps.program.graph.output_node().args
         return cls(tuple(_answer(node, time, rows) for node, time in
                          zip(results, steps.answers, strict=True)), signature)
 

@@ -36,11 +36,11 @@ def step_program(first: int = FIRST, limit: int | None = None, rate: int = 1,
         node.meta["val"] = TensorMeta(torch.float32, ("m", WIDTH))
         return node
 
+    weight = graph.get_attr("weight")
     x = placed("x", shape)
     rows, clock = placed("rows", ("m",), torch.int64), placed("clock", ("n",), torch.int64)
     ring = placed("ring", ("n", WINDOW, WIDTH))
     long = placed("long", ("n", "slots", WIDTH))
-    weight = graph.get_attr("weight")
     token = called(torch.ops.aten.select.int, x, 1, 0)
     window = called(OPERATORS["stream_window"].overload, token, ring, rows, clock, WINDOW)
     window.meta["val"] = TensorMeta(torch.float32, ("m", WINDOW, WIDTH))
