@@ -53,7 +53,8 @@ def _supports(call: Call) -> str | None:
 
 def _bind(call: Call) -> Bound:
     module, given = load(_recipe(call), call.target), _taken(call)
-    heads, groups = call.value("query").shape[1], call.value("key").shape[1]
+    serial, parallel = module["serial"], module["heads"]
+    heads = call.value("query").shape[1]
     features, width = call.value("key").shape[2], call.value("value").shape[2]
     window, cap = call.value("window"), call.value("softcap")
     rate, delay = call.value("rate"), call.value("delay")
@@ -66,27 +67,22 @@ def _bind(call: Call) -> Bound:
 
     def attend(*values: torch.Tensor) -> None:
         tensors, out = given(values), values[-1]
-        keys, held, rows, clock = tensors[3:7]
-        if not (keys.is_contiguous() and held.is_contiguous()):
-            _by_reference(call, tensors, out)
-            return
         if not extras:
             tensors[8:10] = None, None
+        states = tensors[3:5]
         tensors[:3] = map(_in_rows, tensors[:3])
-        tensors[5:7] = rows.contiguous(), clock.contiguous()
-        function = module[_mode(rows.shape[0], groups, products * held.shape[2])]
+        tensors[3:7] = (t.contiguous() for t in tensors[3:7])
+        _, held, rows, clock = tensors[3:7]
+        function = serial if torch.get_num_threads() == 1 or (
+            rows.shape[0] * products * held.shape[2] < WORTH_THREADS) else parallel
         if function(*(t for t in tensors if t is not None), *numbers, out):
             check_clock(rows, clock, rate, delay)
             seen(*distances(rows, clock, held.shape[2], rate, delay), window)
+        for state, written in zip(states, tensors[3:5], strict=True):
+            if state is not written:
+                state.copy_(written)
 
     return Bound(shape, attend)
-
-
-def _by_reference(call: Call, tensors: list[Any], out: torch.Tensor) -> None:
-    """A ring whose memory is not in one piece."""
-    found = call.operator.reference(**{**call.arguments, **dict(zip(TENSORS, tensors,
-                                                                    strict=True))})
-    out.copy_(found)
 
 
 def _taken(call: Call) -> Callable[[tuple[torch.Tensor, ...]], list[Any]]:
@@ -102,14 +98,6 @@ def _taken(call: Call) -> Callable[[tuple[torch.Tensor, ...]], list[Any]]:
         return found
 
     return given
-
-
-def _mode(rows: int, groups: int, products: int) -> str:
-    """How the work is split: not at all, by rows, or by the heads of each."""
-    threads = torch.get_num_threads()
-    if threads == 1 or rows * products < WORTH_THREADS:
-        return "serial"
-    return "rows" if rows >= threads or groups == 1 else "panels"
 
 
 def _in_rows(x: torch.Tensor) -> torch.Tensor:

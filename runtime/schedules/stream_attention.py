@@ -8,19 +8,23 @@ Arguments: query (M, H, features), key (M, G, features), value (M, G, width), ea
 but the last axis's; keys (N, G, tiles, features, 16), values (N, G, tiles * 16, width), rows (M)
 and clock (N) int64, [sink (H)], [extra_keys (G, X, features), extra_values (G, X, width)],
 [bias (H or 1, L)], [slopes (H)], scale, softcap, window, rate, delay (numbers), out (M, H, width).
-The functions return how things went: 0, or 1 for a row that is not there, or 2 for a ring that has
-no slot left; nothing is read or written of such a row. No row depends on how the work is split.
+The functions "serial" and "heads", which splits the heads of all rows among threads, return 1 where
+a row is not there, or 2 where its ring has no slot left, of which nothing is read or written then.
+No row depends on how the work is split.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from bincompile.runtime.schedules import vector_math
 from bincompile.runtime.schedules.attention_parts import helpers
-from bincompile.runtime.schedules.common import LANE, MODES, ceil_div
+from bincompile.runtime.schedules.common import LANE, ceil_div, return_flag
 from bincompile.runtime.schedules.stream_queries import HEADS, Facets, Head, Tensors, Token, kept
 
+MODES = ("serial", "heads")
 # Passes of TVM without use here that would take half of the time of a compilation.
 SKIPPED = ("s_tir.CompactBufferAllocation", "s_tir.HoistIfThenElse")
 _FIRST = """
@@ -46,31 +50,40 @@ def build(**parameters: Any) -> Any:
 
 
 def _function(T: Any, mode: str, facets: Facets) -> None:
-    """All rows: "rows" splits them among threads, "panels" the heads of each."""
-    rows_loop, heads_loop = (getattr(T, kind) for kind in MODES[mode])
     tensors = _arguments(T, mode, facets)
-    count, rows, groups, tiles = tensors.sizes
+    count, _, groups, tiles = tensors.sizes
     with T.attr(0, "pragma_import_llvm", _text(facets)):
         bad = T.alloc_buffer((1,), "int32")
         T.buffer_store(bad, T.int32(0), [0])
-        shared = _scores(T, tiles) if mode == "serial" else None
-        with rows_loop(0, count) as place:
-            row = kept(T, tensors.rows[place])
-            with T.If(T.And(row >= 0, row < rows)):
+        if mode == "serial":
+            scores = _scores(T, tiles)
+            with T.serial(0, count) as place, _each_token(T, facets, tensors, place, bad) as token:
+                with T.serial(0, groups) as group:
+                    Head(T, facets, tensors, token, group, scores).run()
+        else:
+            with T.parallel(0, count * groups) as unit, _each_token(
+                    T, facets, tensors, T.floordiv(unit, groups), bad) as token:
+                Head(T, facets, tensors, token, T.floormod(unit, groups),
+                     _scores(T, tiles)).run()
+        return_flag(T, bad)
+
+
+@contextlib.contextmanager
+def _each_token(T: Any, facets: Facets, tensors: Tensors, place: Any, bad: Any) -> Iterator[Token]:
+    """The token at a place of the rows, if its row is there and its ring has a slot for it."""
+    row, slots = kept(T, tensors.rows[place]), tensors.sizes[3] * LANE
+    with T.If(T.And(row >= 0, row < tensors.sizes[1])):
+        with T.Then():
+            index = kept(T, -T.floordiv(tensors.delay - tensors.clock[row], tensors.rate))
+            with T.If(index < slots if facets.unbounded else T.bool(True)):
                 with T.Then():
-                    index = kept(T, -T.floordiv(tensors.delay - tensors.clock[row],
-                                                 tensors.rate))
-                    full = index >= tiles * LANE if facets.unbounded else T.bool(False)
-                    with T.If(full):
-                        with T.Then():
-                            T.buffer_store(bad, T.int32(2), [0])
-                        with T.Else(), heads_loop(0, groups) as group:
-                            scores = _scores(T, tiles) if shared is None else shared
-                            Head(T, facets, tensors, _token(T, tensors, place, row, index), group,
-                                 scores).run()
+                    yield Token(place, row, kept(T, T.floormod(index, slots)),
+                                kept(T, T.min(index + 1, tensors.window)),
+                                kept(T, ceil_div(T.min(index, slots), LANE)), slots)
                 with T.Else():
-                    T.buffer_store(bad, T.int32(1), [0])
-        T.Return(bad[0])
+                    T.buffer_store(bad, T.int32(2), [0])
+        with T.Else():
+            T.buffer_store(bad, T.int32(1), [0])
 
 
 def _text(facets: Facets) -> str:
@@ -79,13 +92,6 @@ def _text(facets: Facets) -> str:
     lines = "\n".join(parts).splitlines()
     declared = dict.fromkeys(line for line in lines if line.startswith("declare "))
     return "\n".join([*declared, *(line for line in lines if line not in declared)])
-
-
-def _token(T: Any, tensors: Tensors, place: Any, row: Any, index: Any) -> Token:
-    slots = tensors.sizes[3] * LANE
-    return Token(place, row, kept(T, T.floormod(index, slots)),
-                 kept(T, T.min(index + 1, tensors.window)),
-                 kept(T, ceil_div(T.min(index, slots), LANE)), slots)
 
 
 def _scores(T: Any, tiles: Any) -> Any:
