@@ -127,10 +127,12 @@ class Stream:
     def _run(self, tokens: list[torch.Tensor]) -> Any:
         """The flat outputs of tokens of all rows; recorded once these rows have been here before.
         """
+        if torch.is_autocast_enabled("cpu"):  # casts are the captured program's
+            return run(self._form.executable, tokens + self._tail)
         if self._replay is not None:
             return self._replay(*tokens)
         self._repeats += 1
-        if self._repeats < RECORDED_AFTER or self._seen == 0:
+        if self._repeats < RECORDED_AFTER:
             return run(self._form.executable, tokens + self._tail)
         self._replay = Replay.of(self._form.executable, [*tokens, *self._tail], len(tokens))
         return self._replay(*tokens)
@@ -158,15 +160,19 @@ class Stream:
     def _take(self, tokens: list[torch.Tensor], chosen: torch.Tensor | None) -> Any:
         """One step of tokens that were checked; the flat outputs."""
         state = self._rows
-        clocks = state.clock.clone() if chosen is None else state.clock[chosen]
-        if len(clocks):
-            self._grow(int(clocks.max()))
-            outputs = self._run(tokens) if chosen is None else \
-                run(self._form.executable, [*tokens, chosen, *self._tail[1:]])
-            state.advance(chosen)
+        if chosen is None:
+            taken: int | torch.Tensor = state.least if state.least == state.most \
+                else state.clock.clone()
+            self._grow(state.most)
+            outputs = self._run(tokens) if self._seen else ()
         else:
-            outputs = ()
-        self._taken = clocks
+            taken = state.clock[chosen]
+            if len(chosen):
+                self._grow(int(taken.max()))
+            outputs = run(self._form.executable, [*tokens, chosen, *self._tail[1:]]) \
+                if len(chosen) else ()
+        self._rows.advance(chosen)
+        self._taken = taken
         return outputs
 
     def _told(self, outputs: Any) -> Any:
@@ -175,7 +181,10 @@ class Stream:
 
     def _parts(self, outputs: Any) -> Sequence[Any] | None:
         """The flat answers of the step just taken; None if no row is valid."""
-        valid, answers = self._valid(), self._form.answers
+        answers = self._form.answers
+        if isinstance(self._taken, int) and self._seen:  # all rows are alike
+            return answers.parts(outputs) if self._form.steps.valid(self._taken) else None
+        valid = self._valid()
         if not bool(valid.any()):
             return None
         parts = answers.parts(outputs)
