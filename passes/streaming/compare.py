@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,18 +33,26 @@ class Expected:
 
     @classmethod
     def of(cls, reference: Reference, sequences: Sequences, span: Span, window: int | None,
-           ) -> Expected:
-        """All answers that are compared; `window` is that of window semantics, else None."""
+           anew: Callable[[int], Reference] | None = None) -> Expected:
+        """All answers that are compared.
+
+        Args:
+            reference: that gives them.
+            sequences: of which.
+            span: the steps.
+            window: that of window semantics, else None.
+            anew: where positions begin anew, the reference of windows that begin at an index.
+        """
         steps = reference.steps
         if window is not None:
             chosen = [s for s in span.sampled(span.samples) if steps.valid(s)]
             return cls(reference, (None,) * len(steps.answers),
-                       _of_windows(reference, sequences, chosen, window))
+                       _of_windows(reference, anew, sequences, chosen, window))
         shortest = max(lengths_allowed(reference.program, t)[0] for t in steps.inputs)
         timed: list[torch.Tensor | None] = [None] * len(steps.answers)
         if any(axis is not None for axis in steps.answers):
-            timed = [v if axis is not None else None
-                     for v, axis in zip(reference(sequences), steps.answers, strict=True)]
+            timed = [v if axis is not None and not final else None for v, axis, final in zip(
+                reference(sequences), steps.answers, reference.final, strict=True)]
         sampled = dict[int, tuple[torch.Tensor, ...]]()
         if any(value is None for value in timed):
             for step in span.sampled(span.samples):
@@ -64,12 +72,14 @@ class Expected:
         steps, timed = self.reference.steps, self.timed[output]
         if timed is None:
             found = self.sampled.get(clock)
-            return None if found is None else found[output][rows]
+            return None if found is None or (steps.answers[output] is not None \
+                and not found[output].shape[1]) else found[output][rows]
         index = (clock - steps.delay) // steps.rate
         return timed[rows, index] if index < timed.shape[1] else None
 
 
-def _of_windows(reference: Reference, sequences: Sequences, chosen: list[int], window: int,
+def _of_windows(reference: Reference, anew: Callable[[int], Reference] | None,
+                sequences: Sequences, chosen: list[int], window: int,
                 ) -> dict[int, tuple[torch.Tensor, ...]]:
     """All outputs on the last tokens up to each step; on all so far where those are fewer."""
     found = dict[int, tuple[torch.Tensor, ...]]()
@@ -78,10 +88,11 @@ def _of_windows(reference: Reference, sequences: Sequences, chosen: list[int], w
     for step in chosen:
         if step < window - 1:
             found[step] = tuple(reference(sequences.until(step + 1)))
-    if full:
-        ends = torch.tensor(full).repeat_interleave(len(rows))
-        every = reference(sequences.windows(rows.repeat(len(full)), ends, window))
-        for place, step in enumerate(full):
+    for steps in [[step] for step in full] if anew is not None else [full]:
+        given = reference if anew is None else anew(steps[0] - window + 1)
+        ends = torch.tensor(steps, dtype=torch.int64).repeat_interleave(len(rows))
+        every = given(sequences.windows(rows.repeat(len(steps)), ends, window))
+        for place, step in enumerate(steps):
             part = slice(place * len(rows), (place + 1) * len(rows))
             found[step] = tuple(value[part] for value in every)
     return found

@@ -7,6 +7,7 @@ over the same random tokens: two rows of a stream whose clocks differ, one of wh
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -83,10 +84,12 @@ class _Proof:
         least = max(lengths_allowed(program, taken)[0] for taken in steps.inputs)
         sequences = draw(steps, program, len(HOMES),
                          reference.length or max(least, span.length), SEED)
-        expected = Expected.of(reference, sequences, span, window)
+        anew = functools.partial(_begun, steps, program, analysis) \
+            if window is not None and continual.positions == "recycle" else None
+        expected = Expected.of(reference, sequences, span, window, anew)
         if finite_share(expected.values) < LEAST_FINITE:
             sequences = sequences.positive()
-            expected = Expected.of(reference, sequences, span, window)
+            expected = Expected.of(reference, sequences, span, window, anew)
         return cls(steps, program, analysis, span, sequences, expected, window)
 
     def exact(self) -> Evidence:
@@ -164,6 +167,11 @@ class _Proof:
         own = Expected.of(reference, self.sequences, self.span, self.window)
         seen = Comparison(self.expected, whole=False)
         return seen.distance(own)
+
+
+def _begun(steps: StepProgram, program: Program, analysis: Analysis, start: int) -> Reference:
+    """The reference of sequences whose first token has an index."""
+    return Reference.of(steps, program, analysis, start=start)
 
 
 def _check_unused(stepper: Stepper) -> None:

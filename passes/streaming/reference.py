@@ -17,6 +17,7 @@ from bincompile.passes.sizes import equal
 from bincompile.passes.streaming.analysis import Analysis
 from bincompile.passes.streaming.double import doubled, wide
 from bincompile.passes.streaming.draw import Sequences, batch_size, draw
+from bincompile.passes.streaming.free import position_references
 from bincompile.passes.streaming.kinds import BATCH, PLAIN, TIME, Axes
 from bincompile.passes.streaming.retime import retimed
 from bincompile.program import Program
@@ -38,6 +39,7 @@ class Reference:
             None where there may be any number.
         length: tokens of one call where the capture fixed them, else None.
         axes: for each flat output what its axes hold.
+        final: which of them are the model's at the last position of a sequence only.
     """
 
     steps: StepProgram
@@ -47,11 +49,20 @@ class Reference:
     batch: int | None
     length: int | None
     axes: tuple[Axes, ...]
+    final: tuple[bool, ...]
 
     @classmethod
     def of(cls, steps: StepProgram, program: Program, analysis: Analysis,
-           double: bool = True) -> Reference:
-        """The reference of these steps, as the analysis says that the program's nodes run."""
+           double: bool = True, start: int = 0) -> Reference:
+        """The reference of these steps, as the analysis says that the program's nodes run.
+
+        Args:
+            steps: what is proven.
+            program: the whole-sequence program.
+            analysis: of that program.
+            double: whether it runs in float64, or in its own dtypes.
+            start: the index of a sequence's first token, where positions begin anew.
+        """
         nodes = program.graph.find_nodes(op="placeholder")
         first = steps.inputs[0]
         length = value_of(nodes[first.position]).shape[first.time_axis]
@@ -59,9 +70,11 @@ class Reference:
         batch = 0 if size is None else size if isinstance(size, int) else None
         fixed = isinstance(length, int)
         function = doubled(program.graph_module, {
-            **(retimed(analysis) if fixed else {}), **analysis.references}, double)
-        found = cls(steps, program, function, double, batch, None,
-                    tuple(analysis.facts.kind(n).axes for n in _outputs(program)))
+            **(retimed(analysis) if fixed else {}), **analysis.references,
+            **position_references(analysis.facts, start)}, double)
+        kinds = [analysis.facts.kind(n) for n in program.graph.output_node().args[0]]
+        found = cls(steps, program, function, double, batch, None, tuple(k.axes for k in kinds),
+                    tuple(getattr(k, "final", False) for k in kinds))
         return dataclasses.replace(found, length=length) \
             if fixed and not found._runs_on(length) else found
 
@@ -122,10 +135,6 @@ def arranged(value: torch.Tensor, axes: Axes, rows: int) -> torch.Tensor:
     order = [i for role in (BATCH, TIME, PLAIN) for i, a in enumerate(atoms) if a.role == role]
     found = value.reshape(sizes).permute(order)
     return found if any(a.role == BATCH for a in atoms) else found.expand(rows, *found.shape)
-
-
-def _outputs(program: Program) -> tuple[fx.Node, ...]:
-    return tuple(program.graph.output_node().args[0])
 
 
 def placed(tokens: torch.Tensor, taken: TimeInput, time: int) -> torch.Tensor:
