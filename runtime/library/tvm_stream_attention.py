@@ -71,7 +71,7 @@ def _bind(call: Call) -> Bound:
             tensors[8:10] = None, None
         states = tensors[3:5]
         tensors[:3] = map(_in_rows, tensors[:3])
-        tensors[3:7] = (t.contiguous() for t in tensors[3:7])
+        tensors[3:7] = map(_whole, tensors[3:7])
         _, held, rows, clock = tensors[3:7]
         function = serial if torch.get_num_threads() == 1 or (
             rows.shape[0] * products * held.shape[2] < WORTH_THREADS) else parallel
@@ -103,6 +103,11 @@ def _taken(call: Call) -> Callable[[tuple[torch.Tensor, ...]], list[Any]]:
 def _in_rows(x: torch.Tensor) -> torch.Tensor:
     """With its last axis side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    """In one piece; a call of `contiguous` in each step would count as work of torch."""
+    return x if x.is_contiguous() else x.contiguous()
 
 
 KERNEL = Kernel("tvm-stream-attention", "stream_attention", _supports, _bind, priority=20,
