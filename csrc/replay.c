@@ -9,6 +9,8 @@
 #include <string.h>
 
 enum { KIND_NONE = 0, KIND_INT = 1, KIND_DLTENSOR = 7, KIND_TENSOR = 70, TENSOR_HEADER = 24 };
+enum { CODE_FLOAT = 2, CODE_BFLOAT = 4 };
+enum { DONE = -1, STRICT = -1 };
 
 typedef struct {
   int32_t kind;
@@ -40,7 +42,9 @@ typedef struct {
   int64_t expected; /* what it returned when it was recorded; 0 for nothing */
 } Call;
 
-/* `tokens` are copied into the tensors `staged` first, `made` to the results last. */
+/* `tokens` are copied into the tensors `staged` first, `made` to the results last; then each of the
+ * `rows` numbers of `clock` is one more.
+ */
 typedef struct {
   const Call *calls;
   int64_t count;
@@ -48,6 +52,8 @@ typedef struct {
   int64_t tokens;
   const Tensor *made;
   int64_t results;
+  int64_t *clock;
+  int64_t rows;
 } Part;
 
 static const Tensor *tensor_of(const Any *given) {
@@ -63,20 +69,56 @@ static int64_t bytes_of(const Tensor *tensor) {
   return count * ((tensor->bits + 7) / 8) * tensor->lanes;
 }
 
-/* Whether both have the same type and sizes, and elements in the same order in memory. */
+/* The first axis from this one on whose size is not 1. */
+static int32_t wide_axis(const Tensor *tensor, int32_t axis) {
+  while (axis < tensor->ndim && tensor->shape[axis] == 1) ++axis;
+  return axis;
+}
+
+/* Whether both have the same type, and elements in the same order in memory: the same sizes and
+ * strides, axes of size 1 left out.
+ */
 static int same_layout(const Tensor *left, const Tensor *right) {
-  if (left->device_type != right->device_type || left->ndim != right->ndim ||
-      left->code != right->code || left->bits != right->bits || left->lanes != right->lanes)
+  if (left->device_type != right->device_type || left->code != right->code ||
+      left->bits != right->bits || left->lanes != right->lanes || !left->strides)
     return 0;
-  for (int32_t axis = 0; axis < left->ndim; ++axis) {
-    if (left->shape[axis] != right->shape[axis]) return 0;
-    if (left->shape[axis] > 1 && left->strides && left->strides[axis] != right->strides[axis])
-      return 0;
+  int32_t i = wide_axis(left, 0), j = wide_axis(right, 0);
+  while (i < left->ndim && j < right->ndim) {
+    if (left->shape[i] != right->shape[j] || left->strides[i] != right->strides[j]) return 0;
+    i = wide_axis(left, i + 1);
+    j = wide_axis(right, j + 1);
   }
-  return left->strides != NULL || left->ndim == 0;
+  return i == left->ndim && j == right->ndim;
 }
 
 static void *data_of(const Tensor *tensor) { return (char *)tensor->data + tensor->byte_offset; }
+
+/* Whether all numbers are finite, eight bytes at a time: one more in an exponent that is all ones
+ * goes over into the bit of the sign.
+ */
+static int is_finite(const Tensor *tensor) {
+  uint64_t ones = 0x7c007c007c007c00, one = 0x0400040004000400, sign = 0x8000800080008000;
+  if (tensor->code == CODE_BFLOAT) {
+    ones = 0x7f807f807f807f80, one = 0x0080008000800080;
+  } else if (tensor->code != CODE_FLOAT) {
+    return 1;
+  } else if (tensor->bits == 32) {
+    ones = 0x7f8000007f800000, one = 0x0080000000800000, sign = 0x8000000080000000;
+  } else if (tensor->bits == 64) {
+    ones = 0x7ff0000000000000, one = 0x0010000000000000, sign = 0x8000000000000000;
+  }
+  const char *data = data_of(tensor);
+  int64_t bytes = bytes_of(tensor), place = 0;
+  uint64_t found = 0, word = 0;
+  for (; place + 8 <= bytes; place += 8) {
+    memcpy(&word, data + place, 8);
+    found |= (word & ones) + one;
+  }
+  word = 0;
+  if (place < bytes) memcpy(&word, data + place, (size_t)(bytes - place));
+  found |= (word & ones) + one;
+  return !(found & sign);
+}
 
 static void copy(const Tensor *to, const Tensor *from) {
   int64_t bytes = bytes_of(to);
@@ -84,9 +126,9 @@ static void copy(const Tensor *to, const Tensor *from) {
 }
 
 /* Arguments: the part, the first call to make, then the tokens if that is 0, then where results go.
- * Gives -1 when all is done, the place of a call that failed or returned something else than
- * before, or -2 - n for a token or result n that is not laid out as recorded; nothing was done
- * then.
+ * The first call can also be STRICT: 0, and tokens have to be finite. Gives DONE when all is done,
+ * the place of a call that failed or returned something else than before, or -2 - n for a token or
+ * result n that is not laid out as recorded, or a token that is not finite; nothing was done then.
  */
 __attribute__((visibility("default"))) int __tvm_ffi_replay(void *self, const Any *args,
                                                              int32_t count, Any *result) {
@@ -94,14 +136,18 @@ __attribute__((visibility("default"))) int __tvm_ffi_replay(void *self, const An
   result->kind = KIND_INT;
   result->padding = 0;
   const Part *part = args[0].value.pointer;
-  int64_t first = args[1].value.number, tokens = first ? 0 : part->tokens;
+  int64_t first = args[1].value.number, tokens = first > 0 ? 0 : part->tokens;
+  int strict = first == STRICT;
+  if (strict) first = 0;
   const Any *given = args + 2;
-  if (count != 2 + tokens + part->results) return -1;
+  result->value.number = -2;
+  if (count != 2 + tokens + part->results) return 0;
   for (int64_t place = 0; place < tokens + part->results; ++place) {
     const Tensor *tensor = tensor_of(given + place);
     const Tensor *wanted = place < tokens ? part->staged + place : part->made + place - tokens;
     result->value.number = -2 - place;
     if (!tensor || !same_layout(tensor, wanted)) return 0;
+    if (strict && place < tokens && !is_finite(tensor)) return 0;
   }
   for (int64_t place = 0; place < tokens; ++place)
     copy(part->staged + place, tensor_of(given + place));
@@ -114,6 +160,7 @@ __attribute__((visibility("default"))) int __tvm_ffi_replay(void *self, const An
   }
   for (int64_t place = 0; place < part->results; ++place)
     copy(tensor_of(given + tokens + place), part->made + place);
-  result->value.number = -1;
+  for (int64_t row = 0; row < part->rows; ++row) ++part->clock[row];
+  result->value.number = DONE;
   return 0;
 }

@@ -36,10 +36,11 @@ def fuse(program: Program) -> Program:
     finish(module)
     raise_factors(module)
     few = any(stage.level == STEPS for stage in program.stages)
+    least = 1 if few else 2  # a step that runs nothing but kernels is one call of C
     split = [] if few else split_biases(module)
     found, shared = list[tuple[Written, Evidence]](), dict[str, Evidence | str]()
     refusals = list(program.refusals)
-    for region in regions_of(module.graph, rules_of(few)):
+    for region in regions_of(module.graph, rules_of(few), least):
         written = write(region)
         if written is None:
             continue

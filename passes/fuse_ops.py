@@ -38,12 +38,10 @@ class Rule:
     Args:
         write: the step that gives the node's value, or None where the arguments are of no use.
         heavy: whether the operation costs more than passing over its rows once.
-        alone: whether a kernel of it alone is worth having.
     """
 
     write: Callable[[Arguments, fx.Node], Step | None]
     heavy: bool = False
-    alone: bool = False
 
 
 def _plain(op: str, *names: str) -> Rule:
@@ -192,8 +190,7 @@ RULES: Mapping[Any, Rule] = {
 }
 # Where there are few rows, as in a step, products with float weights are bound by reading those.
 OF_FEW_ROWS: Mapping[Any, Rule] = {
-    aten.linear.default: Rule(_plain("linear", "input", "weight", "bias").write, heavy=True,
-                              alone=True)}
+    aten.linear.default: Rule(_plain("linear", "input", "weight", "bias").write, heavy=True)}
 # Which arguments are no rows: tables and weights, read whole.
 WHOLE: Mapping[str, tuple[int, ...]] = {
     "linear": (1, 2),

@@ -68,8 +68,12 @@ def reads_of(step: Step) -> Iterator[tuple[str, fx.Node]]:
                    "indices" if INDICES.get(step.op) == place else "rows"), arg
 
 
-def regions_of(graph: fx.Graph, rules: Mapping[Any, Rule]) -> list[Region]:
-    """The regions of a graph that are worth a kernel, in order, none of them overlapping."""
+def regions_of(graph: fx.Graph, rules: Mapping[Any, Rule], least: int) -> list[Region]:
+    """The regions of a graph that are worth a kernel, in order, none of them overlapping.
+
+    Args:
+        least: how many operations are worth one.
+    """
     moving = run_time(graph)
     growing = _Growing(graph, rules)
     for node in graph.nodes:
@@ -77,7 +81,7 @@ def regions_of(graph: fx.Graph, rules: Mapping[Any, Rule]) -> list[Region]:
             step = step_of(node, rules)
             if step is not None or keeps_rows(node):
                 growing.add(node, step)
-    return [region for group in growing.groups() if (region := _region(group, rules)) is not None]
+    return [region for group in growing.groups() if (region := _region(group, least)) is not None]
 
 
 def run_time(graph: fx.Graph) -> set[fx.Node]:
@@ -190,7 +194,7 @@ def _pinned(node: fx.Node, step: Step | None) -> tuple[Any, ...] | None:
     return None
 
 
-def _region(group: _Group, rules: Mapping[Any, Rule]) -> Region | None:
+def _region(group: _Group, least: int) -> Region | None:
     """The group without views at its edges; None if a kernel of its own gains nothing."""
     nodes = dict(group.nodes)
     while True:
@@ -201,8 +205,7 @@ def _region(group: _Group, rules: Mapping[Any, Rule]) -> Region | None:
         for node in idle:
             del nodes[node]
     steps = {n: step for n, step in nodes.items() if step is not None}
-    if not any(shape_of(n)[-1] > 1 for n in steps) or (
-            len(steps) < 2 and not any(rules[n.target].alone for n in steps)):
+    if len(steps) < least or not any(shape_of(n)[-1] > 1 for n in steps):
         return None
     ordered = sorted(steps, key=_order(next(iter(steps)).graph).__getitem__)
     region = Region({n: steps[n] for n in ordered},

@@ -43,11 +43,15 @@ class Call(ctypes.Structure):
 
 
 class Part(ctypes.Structure):
-    """Calls in order, the tensors that tokens are copied to before and results come from after."""
+    """Calls in order, the tensors that tokens are copied to before and results come from after.
+
+    At the end each number of the clock is one more.
+    """
 
     _fields_ = (("calls", ctypes.c_void_p), ("count", ctypes.c_int64),
                 ("staged", ctypes.c_void_p), ("tokens", ctypes.c_int64),
-                ("made", ctypes.c_void_p), ("results", ctypes.c_int64))
+                ("made", ctypes.c_void_p), ("results", ctypes.c_int64),
+                ("clock", ctypes.c_void_p), ("rows", ctypes.c_int64))
 
 
 @functools.cache
@@ -83,16 +87,19 @@ class Calls:
         recorded: calls that `is_plain` accepts.
         staged: the tensors that tokens are copied to before.
         made: the tensors that results are copied from after.
+        clock: int64, whose numbers are one more in the end.
     """
 
     def __init__(self, recorded: Sequence[Recorded], staged: Sequence[torch.Tensor] = (),
-                 made: Sequence[torch.Tensor] = ()) -> None:
-        self._alive: list[Any] = [recorded, staged, made]
+                 made: Sequence[torch.Tensor] = (), clock: torch.Tensor | None = None) -> None:
+        self._alive: list[Any] = [recorded, staged, made, clock]
         calls = (Call * len(recorded))(*map(self._call, recorded))
         self._part = Part(self._kept(calls), len(recorded),
                           self._kept((Tensor * len(staged))(*map(self._tensor, staged))),
                           len(staged),
-                          self._kept((Tensor * len(made))(*map(self._tensor, made))), len(made))
+                          self._kept((Tensor * len(made))(*map(self._tensor, made))), len(made),
+                          0 if clock is None else clock.data_ptr(),
+                          0 if clock is None else clock.numel())
         self.address = ctypes.addressof(self._part)
 
     def _kept(self, value: Any) -> int:

@@ -7,165 +7,20 @@ is; what else torch computes is called again in its place, into the memory that 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bincompile.errors import InputError
 from bincompile.runtime import c_calls
-from bincompile.runtime.bound import Bound
 from bincompile.runtime.executor import Executable
-from bincompile.runtime.recording import Recorded, recording
+from bincompile.runtime.recorder import Done, Recorder, Unrepeatable
 
-_ATEN = torch.ops.aten
-DONE = -1  # what the library says when all calls were made
-_FRESH = (_ATEN.empty.memory_format, _ATEN.empty_strided.default, _ATEN.new_empty.default,
-          _ATEN.new_empty_strided.default)
-_SIZES = (torch.Tensor.size, _ATEN.sym_size.int, _ATEN.sym_numel.default)
-_TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-
-
-class Unrepeatable(Exception):
-    """Why a program can't be recorded."""
-
-
-class _Watch(TorchDispatchMode):
-    """Notes whether torch computes anything; making memory and views of it is nothing."""
-
-    computes = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema = func._schema
-        is_view = not schema.is_mutable and bool(schema.returns) and all(
-            given.alias_info is not None for given in schema.returns)
-        self.computes |= not is_view and func not in _FRESH
-        return func(*args, **(kwargs or {}))
-
-
-@dataclasses.dataclass(frozen=True)
-class Done:
-    """What one node did.
-
-    Args:
-        node: its name.
-        again: does it again, into the same memory.
-        calls: the calls of compiled functions that do the same; None where there is more to it.
-    """
-
-    node: str
-    again: Callable[[], Any]
-    calls: tuple[Recorded, ...] | None = None
-
-
-class _Recorder:
-    """Runs a program node by node, and keeps what has to be done again."""
-
-    def __init__(self, kernels: Mapping[str, Callable[..., Any]], moving: Iterable[Any]) -> None:
-        self.kernels, self.done = kernels, list[Done]()
-        self.constant = set[int]()  # the ids of tensors that no input's values are in
-        self.kept = list(moving)  # so that no id and no address is given to another tensor
-
-    def each(self, node: str, function: Callable[..., Any], args: tuple[Any, ...],
-             kwargs: dict[str, Any]) -> Any:
-        """The value of a node."""
-        made = self._kernel(node, function, args) if node in self.kernels else \
-            self._torch(node, function, args, kwargs)
-        self.kept.append(made)
-        return made
-
-    def _kernel(self, node: str, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        results = function.fresh(*args) if isinstance(function, Bound) else ()
-        run = functools.partial(function.into, *args, *results) \
-            if isinstance(function, Bound) else functools.partial(function, *args)
-        with _Watch() as watch, recording() as calls:
-            made = run()
-        if isinstance(function, Bound):
-            made = results if function.several else results[0]
-            again: Callable[[], Any] = run
-        else:
-            again = _into(run, made)
-        plain = not watch.computes and all(map(c_calls.is_plain, calls))
-        self.done.append(Done(node, again, tuple(calls) if plain else None))
-        return made
-
-    def _torch(self, node: str, function: Callable[..., Any], args: tuple[Any, ...],
-               kwargs: dict[str, Any]) -> Any:
-        if function is operator.getitem:
-            return function(*args)
-        run = functools.partial(function, *args, **kwargs)
-        tags = getattr(function, "tags", ())
-        if any(tag in tags for tag in _TAGS):
-            raise Unrepeatable(f"{node}: its sizes, or its value, follow from what tensors hold")
-        made = run()
-        read, given = list(_tensors((args, kwargs))), list(_tensors(made))
-        if not given:
-            if read and function not in _SIZES:
-                raise Unrepeatable(f"{node}: a number that follows from what tensors hold")
-            return made
-        schema = getattr(function, "_schema", None)
-        writes = schema is not None and schema.is_mutable
-        if torch.Tag.nondeterministic_seeded not in tags and not writes and all(
-                id(tensor) in self.constant for tensor in read):
-            self.constant.update(map(id, given))
-            return made
-        memory = {tensor.untyped_storage().data_ptr() for tensor in read}
-        if writes or any(tensor.untyped_storage().data_ptr() not in memory for tensor in given):
-            self.done.append(Done(node, _written(function, args, kwargs, made)
-                                  or _into(run, made)))
-        return made
-
-
-def _into(run: Callable[[], Any], made: Any) -> Callable[[], None]:
-    """`run`, whose results are copied to where those of the recording are."""
-    places = list(_tensors(made))
-
-    def again() -> None:
-        for place, value in zip(places, _tensors(run()), strict=True):
-            if value is not place:
-                if value.shape != place.shape:
-                    raise InputError(f"a result of shape {tuple(value.shape)}",
-                                     f"{tuple(place.shape)}, as when the step was recorded",
-                                     "a model whose sizes don't follow from values")
-                place.copy_(value)
-
-    return again
-
-
-def _written(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
-             made: Any) -> Callable[[], Any] | None:
-    """The operator in its form that writes into given memory, if it has one that does the same."""
-    variant = getattr(getattr(function, "overloadpacket", None), "out", None)
-    if variant is None or not isinstance(made, torch.Tensor) or function._schema.is_mutable:
-        return None
-    run = functools.partial(variant, *args, **kwargs, out=made)
-    before = made.clone()
-    try:
-        run()
-    except (RuntimeError, TypeError):  # the form takes other arguments
-        made.copy_(before)
-        return None
-    if not torch.equal(made.isnan(), before.isnan()) or not torch.equal(
-            made.nan_to_num(), before.nan_to_num()):
-        made.copy_(before)
-        return None
-    return run
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in arguments or results."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+DONE, STRICT = -1, -1  # what the library says when all calls were made, and is told
+_empty_like = torch.empty_like  # of the ways to memory the one that takes least time
 
 
 class Replay:
@@ -184,13 +39,16 @@ class Replay:
         True
     """
 
-    def __init__(self, executable: Executable, inputs: Sequence[Any], tokens: int) -> None:
+    def __init__(self, executable: Executable, inputs: Sequence[Any], tokens: int,
+                 drop: Sequence[int | None] = (), clock: torch.Tensor | None = None) -> None:
         self._executable, self._fixed = executable, list(inputs[tokens:])
         self._staged = [_copied(token) for token in inputs[:tokens]]
+        self._drop, self._clock = drop, clock
         self._record()
 
     @classmethod
-    def of(cls, executable: Executable, inputs: Sequence[Any], tokens: int) -> Replay:
+    def of(cls, executable: Executable, inputs: Sequence[Any], tokens: int,
+           drop: Sequence[int | None] = (), clock: torch.Tensor | None = None) -> Replay:
         """Record a program, which runs once.
 
         Args:
@@ -198,8 +56,11 @@ class Replay:
             inputs: its flat inputs.
             tokens: how many of the first are given with each call; the others are read, and
                 written where the program does, in the memory that they have now.
+            drop: for each result an axis of size 1 that it is to lack, or None.
+            clock: int64, contiguous, whose numbers are one more after each call that succeeds;
+                the call that records does not count.
         """
-        return cls(executable, inputs, tokens)
+        return cls(executable, inputs, tokens, drop, clock)
 
     @property
     def outside(self) -> tuple[str, ...] | None:
@@ -210,32 +71,68 @@ class Replay:
         """The flat results, in memory of their own.
 
         Args:
-            tokens: tensors of the sizes and dtypes of those that were recorded.
+            tokens: tensors of the sizes and dtypes of those that were recorded; axes of size 1
+                may be missing.
 
         Raises:
             InputError: other sizes or dtypes.
         """
+        run = self._ready()
+        if run is None:
+            return self._by_executable(tokens)
+        results = [_empty_like(like) for like in self._likes]
+        given = results if self._alone else ()
+        said = run(self._first, 0, *tokens, *given)
+        if said < DONE:
+            said = run(self._first, 0, *map(_laid, tokens, self._staged), *given)
+        return self._finished(said, results)
+
+    def quick(self, *tokens: torch.Tensor) -> tuple[Any, ...] | None:
+        """The same for tokens that lie as those that were recorded, and are finite; else None.
+
+        Nothing was done then. Tokens have to be tensors on the processor without a gradient.
+        """
+        run = self._ready()
+        if run is None:
+            return None
+        results = [_empty_like(like) for like in self._likes]
+        said = run(self._first, STRICT, *tokens, *(results if self._alone else ()))
+        if said == DONE and self._alone and self._template is None:
+            return tuple(results)
+        return None if said < DONE else self._finished(said, results)
+
+    def _ready(self) -> Callable[..., int] | None:
+        """What runs a part; recorded anew if the number of threads is another."""
         if torch.get_num_threads() != self._threads:
             self._record()
-        run = self._run
-        if run is None:
-            return self._executable(*tokens, *self._fixed)
-        results = [torch.empty_strided(size, strides, dtype=dtype)
-                   for size, strides, dtype in self._sizes]
-        said = run(self._first, 0, *tokens, *(results if self._alone else ()))
+        return self._run
+
+    def _by_executable(self, tokens: Sequence[Any]) -> tuple[Any, ...]:
+        laid = [_laid(*pair) for pair in zip(tokens, self._staged, strict=True)]
+        made = self._executable(*laid, *self._fixed)
+        if self._clock is not None:
+            self._clock += 1
+        axes = itertools.chain(self._drop, itertools.repeat(None))
+        return tuple(value if axis is None else value.squeeze(axis)
+                     for value, axis in zip(made, axes, strict=False))
+
+    def _finished(self, said: int, results: list[torch.Tensor]) -> tuple[Any, ...]:
+        """The results, after what the first call of C left to do."""
         if said != DONE:
-            self._go_on(self._parts[0], said, tokens, results if self._alone else [])
-        if not self._alone:
-            self._rest(results)
+            self._go_on(self._parts[0], said, results if self._alone else [])
+        if self._alone and self._template is None:
+            return tuple(results)
+        self._rest(results)
         made = iter(results)
-        return tuple(next(made) if is_made else value for is_made, value in self._template)
+        return tuple(results) if self._template is None else tuple(
+            next(made) if is_made else value for is_made, value in self._template)
 
     def _record(self) -> None:
         self._threads, self._run, self._outside = torch.get_num_threads(), None, None
         library = c_calls.library()
         if library is None:
             return
-        recorder = _Recorder(self._executable.bound, (*self._staged, *self._fixed))
+        recorder = Recorder(self._executable.bound, (*self._staged, *self._fixed))
         with torch.inference_mode(False), torch.no_grad():
             try:
                 given = self._executable.observed()(recorder.each, *self._staged, *self._fixed)
@@ -250,10 +147,12 @@ class Replay:
         self._close(results)
         self._run, self._first = library[0], self._parts[0].calls.address
 
-    def _results(self, recorder: _Recorder, given: tuple[Any, ...]) -> list[torch.Tensor]:
+    def _results(self, recorder: Recorder, given: tuple[Any, ...]) -> list[torch.Tensor]:
         """The tensors that results are copied from, each in one piece of memory."""
         found: list[torch.Tensor] = []
-        self._template = [(isinstance(value, torch.Tensor), value) for value in given]
+        self._template: list[tuple[bool, Any]] | None = None
+        if not all(isinstance(value, torch.Tensor) for value in given):
+            self._template = [(isinstance(value, torch.Tensor), value) for value in given]
         for value in (v for v in given if isinstance(v, torch.Tensor)):
             if not _is_dense(value):
                 whole = value.contiguous()
@@ -261,7 +160,9 @@ class Replay:
                 recorder.kept.append(whole)
                 value = whole
             found.append(value)
-        self._sizes = [(tuple(v.shape), v.stride(), v.dtype) for v in found]
+        axes = itertools.chain(self._drop, itertools.repeat(None))
+        self._likes = [like if axis is None else like.squeeze(axis)
+                       for like, axis in zip(found, axes, strict=False)]
         return found
 
     def _close(self, results: Sequence[torch.Tensor]) -> None:
@@ -271,8 +172,9 @@ class Replay:
         if self._parts[-1].outside:
             self._parts.append(_Part([], []))
         for part in self._parts:
+            last = part is self._parts[-1]
             part.close(self._staged if part is self._parts[0] else (),
-                       results if part is self._parts[-1] else ())
+                       results if last else (), self._clock if last else None)
         self._alone = len(self._parts) == 1
 
     def _rest(self, results: list[torch.Tensor]) -> None:
@@ -286,18 +188,12 @@ class Replay:
                 if not part.outside:
                     last = results if part is self._parts[-1] else []
                     if (said := run(part.calls.address, 0, *last)) != DONE:
-                        self._go_on(part, said, (), last)
+                        self._go_on(part, said, last)
 
-    def _go_on(self, part: _Part, said: int, tokens: Sequence[Any],
-               results: list[torch.Tensor]) -> None:
-        """Do what one call of C left: a token that lies otherwise, or a call that gave no 0."""
+    def _go_on(self, part: _Part, said: int, results: list[torch.Tensor]) -> None:
+        """Do what one call of C left, from a call on that failed or gave no 0."""
         run = self._run
         assert run is not None
-        if said < DONE:
-            staged = self._staged[:len(tokens)]
-            laid = [_laid(token, like) for token, like in zip(tokens, staged, strict=True)]
-            said = run(part.calls.address, 0, *laid, *results)
-            tokens = laid
         while said != DONE:
             done, end = part.at(said)
             with torch.no_grad():
@@ -312,10 +208,11 @@ class _Part:
         self.inside, self.outside = inside, outside
         self.calls: c_calls.Calls
 
-    def close(self, staged: Sequence[torch.Tensor], made: Sequence[torch.Tensor]) -> None:
+    def close(self, staged: Sequence[torch.Tensor], made: Sequence[torch.Tensor],
+              clock: torch.Tensor | None) -> None:
         """Lay out the calls."""
         calls = [call for done in self.inside for call in done.calls or ()]
-        self.calls = c_calls.Calls(calls, staged, made)
+        self.calls = c_calls.Calls(calls, staged, made, clock)
 
     def at(self, place: int) -> tuple[Done, int]:
         """The node that the call at this place is of, and the first call behind it."""
@@ -334,14 +231,18 @@ def _copied(token: torch.Tensor) -> torch.Tensor:
 
 def _laid(token: Any, like: torch.Tensor) -> torch.Tensor:
     """A token as the recording had it."""
-    if not isinstance(token, torch.Tensor) or token.shape != like.shape \
+    if not isinstance(token, torch.Tensor) or _wide(token) != _wide(like) \
             or token.dtype != like.dtype or token.device != like.device:
         found = f"{token.dtype} {tuple(token.shape)} on {token.device}" \
             if isinstance(token, torch.Tensor) else type(token).__name__
         raise InputError(f"a token of {found}",
                          f"{like.dtype} {tuple(like.shape)} on {like.device}",
                          "the token, or record another replay")
-    return token.detach().contiguous()
+    return token.detach().contiguous().view(like.shape)
+
+
+def _wide(value: torch.Tensor) -> list[int]:
+    return [size for size in value.shape if size != 1]
 
 
 def _is_dense(value: torch.Tensor) -> bool:

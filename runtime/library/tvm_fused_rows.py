@@ -46,10 +46,10 @@ def _recipe(call: Call) -> Recipe:
 
 
 def _modes(inputs: tuple[Input, ...]) -> tuple[str, ...]:
-    """The functions to compile: threads share the outputs of large float weights."""
+    """The functions to compile: threads share rows, or the outputs of large float weights."""
     large = any(given.role == "weights" and math.prod(size or 0 for size in given.shape)
                 >= rows_loops.WORTH_THREADS for given in inputs)
-    return ("serial", "rows", "panels") if large else ("serial", "rows")
+    return ("serial", "panels" if large else "rows")
 
 
 def _supports(call: Call) -> str | None:
@@ -105,8 +105,8 @@ def _bind(call: Call) -> Bound:
     body, inputs, _ = _known(call)
     recipe, parts = _recipe(call), parts_of(call.arguments["inputs"])
     module = load(recipe, call.target)
-    serial, parallel = module["serial"], module["rows"]
-    shared = module["panels"] if "panels" in recipe.parameters["modes"] else serial
+    mode = recipe.parameters["modes"][1]
+    serial, parallel = module["serial"], module[mode]
     template = [None if isinstance(part, Dynamic) else from_dlpack(_stored(part, given))
                 for part, given in zip(parts, inputs, strict=True)]
     places = [place for place, part in enumerate(parts) if isinstance(part, Dynamic)]
@@ -126,13 +126,9 @@ def _bind(call: Call) -> Bound:
         if not rows:
             return
         threads = torch.get_num_threads() if rows > few else 1
-        if threads > 1 and rows <= FEW and shared is not serial:
-            bad = shared(most, *arguments, *values[len(places):])
-        elif threads == 1:
-            bad = serial(most, *arguments, *values[len(places):])
-        else:
-            block = -(-rows // (2 * threads))
-            bad = parallel(min(most, block), *arguments, *values[len(places):])
+        block = -(-rows // (2 * threads)) if threads > 1 and mode == "rows" else most
+        bad = (serial if threads == 1 else parallel)(
+            min(most, block), *arguments, *values[len(places):])
         if bad:
             _raise_index_error(look_ups, known, places, values)
 
