@@ -158,9 +158,11 @@ CASES = [
     Case("two GRU layers", of(lambda x, gru: gru(x)[0], layer(nn.GRU, 4, 6, 2, batch_first=True)),
          (3, 14, 4), 1, reach=None, seen=2, slow=True),
     Case("an LSTM with a projection", of(lambda x, lstm: lstm(x)[0], layer(
-        nn.LSTM, 4, 6, 2, batch_first=True, proj_size=3)), (3, 14, 4), 1, reach=None, seen=2, slow=True),
+        nn.LSTM, 4, 6, 2, batch_first=True, proj_size=3)), (3, 14, 4), 1, reach=None,
+         seen=2, slow=True),
     Case("what an LSTM holds at the end", of(last_of_lstm, layer(
-        nn.LSTM, 4, 6, 2, batch_first=True, bias=False)), (3, 14, 4), 1, reach=None, seen=2, slow=True),
+        nn.LSTM, 4, 6, 2, batch_first=True, bias=False)), (3, 14, 4), 1, reach=None, seen=2,
+         slow=True),
     Case("a plain recurrent layer of one feature", of(lambda x, rnn: rnn(x)[0], layer(
         nn.RNN, 1, 1, 3, nonlinearity="relu", batch_first=True)), (3, 14, 1), 1, reach=None,
          seen=2, slow=True),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from torch import fx
 
 from bincompile.passes.graph import is_sequence, is_tensor
@@ -40,6 +42,8 @@ def demanded(facts: Facts, chosen: dict[fx.Node, Rule]) -> dict[fx.Node, str]:
 def _ask(asked: dict[fx.Node, str], node: fx.Node, wanted: str, facts: Facts,
          reader: fx.Node) -> None:
     kinds = parts_of(facts.kind(node))
+    if reader.target is operator.getitem:
+        kinds = (kinds[reader.args[1]],)
     if all(isinstance(k, Still) or k.time_axis is None for k in kinds):
         wanted = LAST
     if wanted == ALL and any(getattr(k, "final", False) for k in kinds):
