@@ -15,6 +15,8 @@ from bincompile.program import attribute
 
 aten = torch.ops.aten
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+# Forms of operators whose own fake kernel would settle what a symbolic size is.
+SYMBOLIC = {aten.constant_pad_nd.default: torch._refs.constant_pad_nd}
 SIZES = (aten.sym_size.int, aten.sym_numel.default)
 
 
@@ -89,11 +91,12 @@ class Build:
         node.meta = {k: v for k, v in self.like.meta.items()
                      if k in ("nn_module_stack", "stack_trace")}
         fake_args, fake_kwargs = fx.node.map_arg((args, kwargs), value_of)
+        shaped = SYMBOLIC.get(target, target)
         if self.mode is None:
             node.meta["val"] = target(*fake_args, **fake_kwargs)
         else:
             with self.mode, torch.no_grad():
-                node.meta["val"] = target(*fake_args, **fake_kwargs)
+                node.meta["val"] = shaped(*fake_args, **fake_kwargs)
         return node
 
     def item(self, node: fx.Node, index: int) -> fx.Node:

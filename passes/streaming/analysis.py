@@ -27,6 +27,7 @@ from bincompile.passes.streaming.kinds import (
     plain,
 )
 from bincompile.passes.streaming.rule import Rule, rules_of
+from bincompile.passes.streaming.spelling import needed, spelled
 from bincompile.program import Program, owner, source_line, target_name
 
 
@@ -75,6 +76,7 @@ def analyse(program: Program, continual: Continual) -> Analysis:
             and the reason.
     """
     first: RefusedAt | None = None
+    program = spelled(program)
     for semantics, lifted in _tries(continual):
         try:
             return _analysed(Facts(program, continual, semantics, lifted))
@@ -110,9 +112,12 @@ def error_of(node: fx.Node, refused: Refused) -> ContinualError:
 
 def _analysed(facts: Facts) -> Analysis:
     chosen: dict[fx.Node, Rule] = {}
+    wanted = needed(facts.program.graph)
     for node in facts.program.graph.nodes:
         if node.op == "placeholder":
             facts.kinds[node] = facts.inputs.kinds.get(node, Still(()))
+        elif node not in wanted:
+            continue
         elif node.op == "call_function" and node in facts and (
                 is_tensor(node) or is_sequence(node)):
             try:

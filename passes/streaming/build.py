@@ -20,6 +20,7 @@ from bincompile.passes.streaming.kinds import (
     Stepped,
     Still,
     Windowed,
+    expression,
     parts_of,
 )
 from bincompile.passes.streaming.prepare import prepare
@@ -55,7 +56,7 @@ class _Steps:
 
     def program(self) -> StepProgram:
         """The whole step program."""
-        for node in self.model.graph.nodes:
+        for node in self.facts.program.graph.nodes:
             if node in self.analysis.asked and node in self.analysis.chosen and not all(
                     isinstance(k, Still | Pairwise) for k in parts_of(self.facts.kind(node))):
                 self._emit(node)
@@ -80,7 +81,7 @@ class _Steps:
             notes=tuple(facts.notes))
 
     def _results(self) -> list[fx.Node]:
-        return list(self.model.graph.output_node().args[0])
+        return list(self.facts.program.graph.output_node().args[0])
 
     def _emit(self, node: fx.Node) -> None:
         self.build.at(node)
@@ -98,8 +99,9 @@ class _Steps:
     def _check(self, node: fx.Node, kind: Kind, value: Any) -> None:
         """Raise where a step node has other sizes than its axes say."""
         wanted = self.build.shape(kind.axes, self.build.extent(node))
-        fits = len(wanted) == value.ndim and all(
-            w == s for w, s in zip(wanted, value.shape, strict=True))
+        if self.build.is_fixed:
+            raise error_of(node, Refused("is defined for one number of rows alone"))
+        fits = [*map(expression, wanted)] == [*map(expression, value.shape)]
         if not fits and not isinstance(kind, Still):
             raise error_of(node, Refused(f"would be of shape {tuple(value.shape)} in a step, "
                                          f"where {tuple(wanted)} follows from the model"))

@@ -32,13 +32,14 @@ from bincompile.passes.streaming.kinds import (
     Refused,
     Stepped,
     Windowed,
+    expression,
     is_table,
 )
 from bincompile.passes.streaming.rule import ALL
 from bincompile.program import attribute, owner
 from bincompile.steps import State
 
-ROWS, STREAMS = 3, 5  # sizes that stand for any number of rows while a graph is made
+ROWS, STREAMS = 1031, 2053  # stand for any number of rows, and are no size of a model
 _ARITHMETIC = {sympy.Add: operator.add, sympy.Mul: operator.mul, FloorDiv: operator.floordiv,
                CleanDiv: operator.floordiv}
 
@@ -177,6 +178,12 @@ class StepBuilder:
         module = fx.GraphModule(stored, self.graph)
         detach_outputs(module)
         return finish(module)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether an operator that was called settled what was to be any number of rows."""
+        return any(isinstance(s, torch.SymInt) and isinstance(expression(s), int)
+                   for s in (self.row_count, self.stream_count))
 
     def limit(self, steps: int) -> None:
         """Note that a row can take no more steps than this."""

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from bincompile.config import Continual
-from bincompile.passes.graph import activations, value_of
+from bincompile.passes.graph import activations, is_sequence, is_tensor, value_of
 from bincompile.passes.streaming.inputs import Inputs, inputs_of
 from bincompile.passes.streaming.kinds import (
     BATCH,
@@ -81,6 +81,8 @@ class Facts:
         """The kind of a node that no input's values take part in."""
         if node.op == "get_attr":
             return Still(tuple(plain(s) for s in value_of(node).shape))
+        if not is_tensor(node) and not is_sequence(node):
+            return Still(())
         if node in self._active:
             raise RuntimeError(f"{node.name} is asked for before it was looked at")
         from bincompile.passes.streaming.free import free_kind

@@ -17,6 +17,7 @@ from bincompile.passes.streaming.kinds import (
     Refused,
     Still,
     Windowed,
+    expression,
     parts_of,
 )
 
@@ -57,9 +58,7 @@ def placed(build: StepBuilder, token: fx.Node, axes: Axes, extent: int = 1) -> f
 
 def reshaped(build: StepBuilder, node: fx.Node, sizes: list[Any]) -> fx.Node:
     """A node in another shape; itself where it has that already."""
-    same = len(shape_of(node)) == len(sizes) and all(
-        s is (1 if not isinstance(w, fx.Node) else w) or s == value_of(w)
-        for s, w in zip(shape_of(node), sizes, strict=True))
+    same = [*map(expression, shape_of(node))] == [expression(value_of(s)) for s in sizes]
     return node if same else build.call(aten.reshape.default, node, sizes)
 
 

@@ -7,10 +7,8 @@ from torch import fx
 
 from bincompile.passes.graph import aten, value_of
 from bincompile.passes.streaming import placing
-from bincompile.passes.streaming.builder import StepBuilder, counted
+from bincompile.passes.streaming.builder import ROWS, StepBuilder, counted
 from bincompile.passes.streaming.facts import Facts
-
-ROWS = 3  # stands for any number of rows
 
 
 class PrepareBuilder(StepBuilder):
