@@ -120,11 +120,12 @@ def inspect(model: nn.Module | ExportedProgram, args: tuple[Any, ...] = (),
     """
     with one_at_a_time:
         program = run(EXACT, capture(model, *_call(args, kwargs), dynamic_shapes).program)
-        if continual is None:
+        asked = Continual.of(continual)
+        if asked is None:
             return Report.of(run(LOWER, program))
         from bincompile.continual import verdict
 
-        steps, refusals = verdict(program, Continual.of(continual))
+        steps, refusals = verdict(program, asked)
         program = dataclasses.replace(program, refusals=(*program.refusals, *refusals))
         return Report.of(run(LOWER, program), steps=steps)
 

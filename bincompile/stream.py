@@ -46,10 +46,12 @@ class Stream:
 
     def __init__(self, form: StreamForm, rows: StreamRows) -> None:
         self._form, self._lock = form, threading.Lock()
-        self._quick, self._answer = form.call.quick, form.answers.quick
+        self._quick, self._plain = form.call.quick, form.call.plain
+        self._result = form.answers.result
         self._steady = form.steps.first if form.steps.rate == 1 else math.inf
         self._taken: int | torch.Tensor = torch.zeros(0, dtype=torch.int64)
-        self._seen = 0
+        self._seen, self._repeats, self._ceiling = 0, 0, 0.0
+        self._replay: Replay | None = None
         self._place(rows)
 
     def step(self, *tokens: Any, rows: Any = None, **named: Any) -> Any:
@@ -78,19 +80,27 @@ class Stream:
             raise _busy()
         try:
             state = self._rows
-            if rows is None and state.most < self._ceiling:
-                given = self._quick(tokens, named, self._seen)
-                if given is not None:
-                    least = state.least
-                    taken = least if least == state.most else state.clock.clone()
-                    outputs = self._run(given)
-                    state.advance(None)
-                    self._taken = taken
-                    return self._answer(outputs) if least >= self._steady \
-                        else self._told(outputs)
+            if rows is None and not named and state.most < self._ceiling:
+                parts = self._at_once(tokens)
+                if parts is not None:
+                    return self._result(parts) if state.least > self._steady \
+                        else self._told(parts)
             return self._general(tokens, named, rows)
         finally:
             self._lock.release()
+
+    def _at_once(self, tokens: tuple[Any, ...]) -> Sequence[Any] | None:
+        """The flat answers of a step of all rows as it mostly is; None, and no step, in doubt."""
+        state = self._rows
+        if self._replay is not None and self._plain(tokens) \
+                and not torch.is_autocast_enabled("cpu"):
+            parts = self._replay.quick(*tokens)
+            if parts is not None:
+                self._taken = state.least if state.least == state.most else state.clock - 1
+                state.counted()
+            return parts
+        given = self._quick(tokens, {}, self._seen)
+        return None if given is None else self._take(given, None)
 
     def steps(self, *sequences: Any, rows: Any = None, **named: Any) -> Any:
         """Take several tokens of each row, one step after another.
@@ -124,18 +134,23 @@ class Stream:
             answers = self._form.answers
             return answers.result(answers.stacked(found)) if found else None
 
-    def _run(self, tokens: list[torch.Tensor]) -> Any:
-        """The flat outputs of tokens of all rows; recorded once these rows have been here before.
+    def _run(self, tokens: list[torch.Tensor]) -> Sequence[Any]:
+        """The flat answers to tokens of all rows, and their clocks advanced.
+
+        The calls are recorded when these rows have been here before.
         """
-        if torch.is_autocast_enabled("cpu"):  # casts are the captured program's
-            return run(self._form.executable, tokens + self._tail)
-        if self._replay is not None:
-            return self._replay(*tokens)
+        form, state = self._form, self._rows
+        if self._replay is None and self._repeats == RECORDED_AFTER:
+            self._replay = Replay.of(form.executable, [*tokens, *self._tail], len(tokens),
+                                     form.answers.drop, state.clock)
         self._repeats += 1
-        if self._repeats < RECORDED_AFTER:
-            return run(self._form.executable, tokens + self._tail)
-        self._replay = Replay.of(self._form.executable, [*tokens, *self._tail], len(tokens))
-        return self._replay(*tokens)
+        if self._replay is not None and not torch.is_autocast_enabled("cpu"):
+            parts = self._replay(*tokens)
+            state.counted()
+            return parts
+        parts = form.answers.parts(run(form.executable, tokens + self._tail))
+        state.advance(None)
+        return parts
 
     def _each(self, given: Sequence[torch.Tensor], length: int,
               chosen: torch.Tensor | None) -> Iterator[Sequence[Any]]:
@@ -157,38 +172,38 @@ class Stream:
         self._check_limit(chosen, 1)
         return self._told(self._take(given, chosen))
 
-    def _take(self, tokens: list[torch.Tensor], chosen: torch.Tensor | None) -> Any:
-        """One step of tokens that were checked; the flat outputs."""
+    def _take(self, tokens: list[torch.Tensor], chosen: torch.Tensor | None) -> Sequence[Any]:
+        """One step of tokens that were checked; the flat answers, valid or not."""
         state = self._rows
+        parts: Sequence[Any] = ()
         if chosen is None:
             taken: int | torch.Tensor = state.least if state.least == state.most \
                 else state.clock.clone()
             self._grow(state.most)
-            outputs = self._run(tokens) if self._seen else ()
+            parts = self._run(tokens) if self._seen else ()
         else:
             taken = state.clock[chosen]
             if len(chosen):
                 self._grow(int(taken.max()))
-            outputs = run(self._form.executable, [*tokens, chosen, *self._tail[1:]]) \
-                if len(chosen) else ()
-        self._rows.advance(chosen)
+                parts = self._form.answers.parts(
+                    run(self._form.executable, [*tokens, chosen, *self._tail[1:]]))
+                state.advance(chosen)
         self._taken = taken
-        return outputs
+        return parts
 
-    def _told(self, outputs: Any) -> Any:
-        parts = self._parts(outputs)
-        return None if parts is None else self._form.answers.result(parts)
+    def _told(self, parts: Sequence[Any]) -> Any:
+        """The result of the step just taken; None if no row is valid."""
+        found = self._parts(parts)
+        return None if found is None else self._result(found)
 
-    def _parts(self, outputs: Any) -> Sequence[Any] | None:
-        """The flat answers of the step just taken; None if no row is valid."""
-        answers = self._form.answers
+    def _parts(self, parts: Sequence[Any]) -> Sequence[Any] | None:
+        """Of the step just taken the flat answers with nothing where rows are not valid."""
         if isinstance(self._taken, int) and self._seen:  # all rows are alike
-            return answers.parts(outputs) if self._form.steps.valid(self._taken) else None
+            return parts if self._form.steps.valid(self._taken) else None
         valid = self._valid()
         if not bool(valid.any()):
             return None
-        parts = answers.parts(outputs)
-        return parts if bool(valid.all()) else answers.blanked(parts, valid)
+        return parts if bool(valid.all()) else self._form.answers.blanked(parts, valid)
 
     def _valid(self) -> torch.Tensor:
         if isinstance(self._taken, int):
@@ -312,10 +327,9 @@ class Stream:
             self._taken = torch.full((self._seen,), self._taken)
         self._rows, self._seen = rows, len(rows)
         limits = [limit for limit in (rows.room, self._form.steps.limit) if limit is not None]
-        self._ceiling: float = min(limits, default=math.inf) if self._seen else 0
-        self._tail = rows.tail
-        self._replay: Replay | None = None
-        self._repeats = 0
+        self._ceiling = min(limits, default=math.inf) if self._seen else 0
+        self._tail, self._repeats = rows.tail, 0
+        self._replay = None
 
     def _grow(self, clock: int) -> None:
         if self._rows.room is not None and clock >= self._rows.room:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,16 +77,18 @@ class Answers:
         return cls(tuple(_answer(node, time, rows) for node, time in
                          zip(results, steps.answers, strict=True)), signature)
 
+    @property
+    def drop(self) -> tuple[int | None, ...]:
+        """The axis of each output that its answer lacks."""
+        return tuple(answer.time if answer is not None and answer.single else None
+                     for answer in self.each)
+
     @functools.cached_property
-    def quick(self) -> Callable[[Sequence[Any]], Any]:
-        """The result of a step whose rows are all valid."""
-        first = self.each[0] if len(self.each) == 1 else None
-        if first is None or first.held or not self.signature.out_spec.is_leaf():
-            return lambda outputs: self.result(self.parts(outputs))
-        if not first.single:
-            return lambda outputs: outputs[0]
-        axis = first.time
-        return lambda outputs: outputs[0].squeeze(axis)
+    def result(self) -> Callable[[Sequence[Any]], Any]:
+        """From flat answers to the structure that the model returns."""
+        if self.signature.out_spec.is_leaf():
+            return operator.itemgetter(0)
+        return self.signature.unflatten
 
     def parts(self, outputs: Sequence[Any]) -> list[Any]:
         """The flat answers of a step."""
@@ -101,10 +104,6 @@ class Answers:
         """The flat answers of several steps as one."""
         return [parts[-1] if answer is None else answer.stacked(parts)
                 for answer, parts in zip(self.each, zip(*steps, strict=True), strict=True)]
-
-    def result(self, parts: Sequence[Any]) -> Any:
-        """Flat answers in the structure that the model returns."""
-        return self.signature.unflatten(parts)
 
 
 def _answer(node: Any, time: int | None, rows: Any) -> Answer | None:

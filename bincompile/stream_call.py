@@ -47,6 +47,18 @@ class TokenCall:
         exec(compile(text, "<bincompile tokens>", "exec"), scope)
         return scope["quick"]
 
+    @functools.cached_property
+    def plain(self) -> Callable[[tuple[Any, ...]], bool]:
+        """Whether these are as many plain tensors on the processor, without a gradient."""
+        tests = [f"type(v{i}) is Tensor and v{i}.is_cpu and not v{i}.requires_grad"
+                 for i in range(len(self.inputs))]
+        text = (f"def plain(given):\n    if len(given) != {len(tests)}: return False\n"
+                f"    {''.join(f'v{i}, ' for i in range(len(tests)))}= given\n"
+                f"    return {' and '.join(tests)}\n")
+        scope: dict[str, Any] = {"Tensor": torch.Tensor}
+        exec(compile(text, "<bincompile tokens>", "exec"), scope)
+        return scope["plain"]
+
     @property
     def fallible(self) -> bool:
         """Whether a step may find that a token is not allowed: an index behind a table."""
