@@ -18,7 +18,7 @@ from bincompile.runtime.schedules.attention_parts import (
 from bincompile.runtime.schedules.common import LANE, ceil_div, span
 
 HEADS = 4  # heads of the query that share one pass over their keys
-SUMS = 8  # sums that are carried side by side, so that none waits for the last
+SUMS = 4  # parts of each sum: none waits for the last, and roundings add up less
 ACCUMULATORS = 24  # vectors of sums that fit in registers beside what they are made of
 
 
@@ -151,7 +151,7 @@ class Queries:
         self._side()
         for row in range(self.count):
             T.buffer_store(self.best, T.broadcast(T.float32(-math.inf), LANE), [row, span(T, 0)])
-        together = {1: 4, 2: 4}.get(self.count, 2)
+        together = 2 if self.facets.avx512 and self.count <= 2 else 1
         with T.serial(0, T.floordiv(used, together)) as step:
             self._score(step * together, together)
         with T.serial(0, T.floormod(used, together)) as step:
@@ -201,8 +201,7 @@ class Queries:
     def _score(self, tile: Any, together: int) -> None:
         """The scores of some tiles for every head."""
         T = self.T
-        splits = max(1, SUMS // (self.count * together))
-        splits = min(splits, self.facets.features)
+        splits = min(SUMS, self.facets.features)
         sums = T.alloc_buffer((self.count, together, splits, LANE), "float32")
         each = [(row, place) for row in range(self.count) for place in range(together)]
         for row, place in each:
@@ -290,7 +289,7 @@ class Queries:
         last = kept(T, token.slot - token.count + 1)  # below 0 where the ring has wrapped around
         for start in range(0, columns, several):
             block = range(start, min(start + several, columns))
-            splits = max(1, SUMS // (self.count * len(block)))
+            splits = max(1, 2 * SUMS // (self.count * len(block)))
             sums = T.alloc_buffer((splits, self.count, len(block), LANE), "float32")
             self._begin(sums, block, splits)
             for begin, end in ((T.max(last, 0), token.slot),
