@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ Assignment = Mapping[sympy.Symbol, int]
 # What the sizes of a proof are, by order of the symbols' values in the example: distinct and
 # small; the same a size further; and one of them 1.
 DRAWS = ((2, 5, 7, 3, 11, 13), (3, 4, 6, 9, 5, 8), (2, 1, 1, 1, 1, 1))
+MOST_TIMES = 4096  # that a symbol may count more than an axis has
 
 
 def symbols(nodes: Iterable[Any]) -> dict[sympy.Symbol, int]:
@@ -48,8 +49,10 @@ def assignments(nodes: Iterable[fx.Node]) -> list[dict[sympy.Symbol, int]]:
 
 def lengths(nodes: Iterable[fx.Node], tokens: tuple[Any, ...],
             wanted: Iterable[int]) -> list[dict[sympy.Symbol, int]]:
-    """Numbers for the symbols, with those of token axes at each of the lengths that are wanted.
+    """Numbers for the symbols, with token axes at each of the lengths that are wanted.
 
+    An axis may have fewer tokens than a symbol says, as behind a strided convolution; where none
+    has exactly so many, it has a few more.
     Token axes that differed in the example differ, in this order and in the other one; then come
     the example's own numbers.
     """
@@ -57,12 +60,37 @@ def lengths(nodes: Iterable[fx.Node], tokens: tuple[Any, ...],
     moving = {s for size in tokens if isinstance(size, torch.SymInt)
               for s in size.node.expr.free_symbols}
     order = sorted({example[s] for s in moving if s in example})
-    found = []
+    found, open_ended = [], [t for t in tokens if isinstance(t, torch.SymInt)]
     for length in wanted if order else ():
         for steps in (order, order[::-1])[:len(order)]:
-            found.append({s: length + 3 * steps.index(v) if v in order else 1 + (length < 100)
-                          for s, v in example.items()})
+            def numbers(first: int, steps: list[int] = steps,
+                        length: int = length) -> dict[sympy.Symbol, int]:
+                return {s: first + 3 * steps.index(v) if v in order else 1 + (length < 100)
+                        for s, v in example.items()}
+
+            found.append(numbers(least(
+                length, lambda n, at=numbers: min(concrete(t, at(n)) for t in open_ended))))
     return [*found, example]
+
+
+def least(wanted: int, count: Callable[[int], int]) -> int:
+    """The least number from 1 on at which something that grows with it is as much as is wanted.
+
+    It is `wanted` itself where nothing up to 4096 times that is enough.
+
+    Example:
+        >>> least(10, lambda n: n // 2)
+        20
+    """
+    low, high = 0, max(wanted, 1)
+    while count(high) < wanted:
+        low, high = high, high * 2
+        if high > MOST_TIMES * wanted:
+            return wanted
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if count(middle) >= wanted else (middle, high)
+    return high
 
 
 def concrete(size: Any, numbers: Assignment) -> int:

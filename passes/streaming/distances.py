@@ -18,6 +18,7 @@ from bincompile.passes.graph import is_tensor, shape_of
 from bincompile.passes.mask_graph import MaskGraph
 from bincompile.passes.masks import DROPPED, OPAQUE, Kept, Mask, fitted, verdict
 from bincompile.passes.patterns import Context
+from bincompile.passes.sizes import least
 from bincompile.passes.streaming.facts import Facts
 from bincompile.passes.streaming.free import over_window
 from bincompile.passes.streaming.kinds import TIME, Refused
@@ -215,7 +216,9 @@ def pairs(node: fx.Node, facts: Facts, length: int) -> torch.Tensor:
     Raises:
         Refused: it differs between rows, or can't be computed.
     """
-    values = over_window(node, facts, length)
+    values = over_window(node, facts, _tokens(node, facts, length))
+    for axis in range(-1, -1 - min(2, values.ndim), -1):
+        values = values.narrow(axis, 0, min(length, values.shape[axis]))
     if values.dtype is torch.bool:
         values = torch.where(values, 0.0, -torch.inf)
     values = values[(None,) * max(0, 2 - values.ndim)]
@@ -226,6 +229,15 @@ def pairs(node: fx.Node, facts: Facts, length: int) -> torch.Tensor:
                           "a bias that all rows share")
         values = values[0]
     return values.reshape(-1, length, length).double()
+
+
+def _tokens(node: fx.Node, facts: Facts, positions: int) -> int:
+    """How many tokens make a mask or bias for so many positions, which may be fewer."""
+    time = facts.inputs.length
+    moving = [s for s in facts.shape(node)[-2:] if _is_time(s, facts)]
+    if not isinstance(time, sympy.Symbol) or not moving:
+        return positions
+    return least(positions, lambda n: int(moving[-1].xreplace({time: sympy.Integer(n)}).doit()))
 
 
 def _looked_at(node: fx.Node, facts: Facts) -> list[tuple[int, torch.Tensor]]:
