@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bincompile as bc
-from bincompile import bench, cli, models
+from bincompile import bench, cli, demo, models
 
 FACTORY = """
 import torch
@@ -143,6 +143,10 @@ def test_demo_compiles_digits_and_checks_it(capsys: pytest.CaptureFixture[str]) 
     assert candidates["compiled"]["accuracy"] == candidates["binary model"]["accuracy"] >= 0.88
     assert candidates["compiled"]["bytes"] < candidates["float model"]["bytes"]
     assert {m["operator"] for m in found["report"]["matches"]} >= {"attention", "embedding"}
+    stream = found["stream"]
+    assert stream["same_decisions"] == stream["frames"] == 300 and stream["error"] <= 1e-5
+    whole, step = (stream["candidates"][name]["operations"] for name in (demo.WINDOW, demo.STREAM))
+    assert step * 100 < whole and stream["semantics"] == "banded(64)"
 
 
 def test_bench_times_a_model_and_a_saved_one(
