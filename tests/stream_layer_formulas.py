@@ -46,6 +46,12 @@ def stream_shift(token, ring, rows, clock, by, rate, delay, fill):
     return stream_window(token, ring, rows, clock, 1, rate, delay, fill, back=by)[:, 0]
 
 
+def stream_depthwise(token, ring, rows, clock, weight, bias, rate, delay, fill, apart, back):
+    read = stream_window(token, ring, rows, clock, len(weight), rate, delay, fill, apart, back)
+    out = torch.einsum("mkf,kf->mf", read, weight)
+    return out if bias is None else out + bias
+
+
 JOIN: dict[str, Callable[[Any, Any], torch.Tensor]] = {
     "sum": lambda a, b: a + b, "mean": lambda a, b: a + b, "prod": lambda a, b: a * b,
     "max": lambda a, b: torch.where(a.isnan() | (a > b), a, b),
@@ -56,8 +62,9 @@ JOIN: dict[str, Callable[[Any, Any], torch.Tensor]] = {
 def stream_scan(token, total, rows, clock, kind, rate, delay):
     out = []
     for place, row, n in ticks(rows, clock, rate, delay):
-        out.append(JOIN[kind](total[row, (n - 1) % 2], token[place]) if n > 0 else token[place])
-        total[row, n % 2] = out[-1]
+        value = JOIN[kind](total[row, (n - 1) % 2], token[place]) if n > 0 else token[place]
+        total[row, n % 2] = value
+        out.append(value / max(n + 1, 1) if kind == "mean" else value)
     return stacked(out, token)
 
 
@@ -125,5 +132,5 @@ def stream_lstm(token, hidden, cell, rows, clock, w_ih, w_hh, b_ih, b_hh, w_hr, 
 
 
 LAYERS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (
-    stream_index, stream_filled, stream_window, stream_shift, stream_scan, stream_pool, stream_gru,
-    stream_rnn, stream_lstm)}
+    stream_index, stream_filled, stream_window, stream_shift, stream_depthwise, stream_scan,
+    stream_pool, stream_gru, stream_rnn, stream_lstm)}

@@ -1,4 +1,4 @@
-"""Running sums, products, maxima and minima over all tokens since a row began."""
+"""Running sums, means, products, maxima and minima over all tokens since a row began."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from bincompile.ops.ticks import (
 )
 
 KINDS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "sum": torch.add, "prod": torch.mul, "max": torch.maximum, "min": torch.minimum,
-    "logsumexp": torch.logaddexp}
+    "sum": torch.add, "mean": torch.add, "prod": torch.mul, "max": torch.maximum,
+    "min": torch.minimum, "logsumexp": torch.logaddexp}
 
 
 def _reference(token, total, rows, clock, kind, rate=1, delay=0):
@@ -31,6 +31,8 @@ def _reference(token, total, rows, clock, kind, rate=1, delay=0):
     before = latest(total, rows, index)
     out = torch.where(wide_as(index > 0, wide), KINDS[kind](before, wide), wide)
     keep(total, rows, index, out)
+    if kind == "mean":
+        out = out / wide_as((index + 1).clamp(min=1), out)
     return out.to(token.dtype)
 
 
@@ -44,11 +46,11 @@ def _check(token, total, rows, clock, kind, rate=1, delay=0):
     check_latest("total", total, clock, tuple(token.shape[1:]))
     if kind not in KINDS:
         raise InputError(f"a scan of kind {kind!r}", ", ".join(KINDS), "the kind")
-    if kind == "logsumexp" and not total.is_floating_point():
-        raise InputError(f"logarithms in a total of {total.dtype}", "a float dtype", "the total")
+    if kind in ("mean", "logsumexp") and not total.is_floating_point():
+        raise InputError(f"a {kind} in a total of {total.dtype}", "a float dtype", "the total")
 
 
-FORMS = (((3,), torch.float32, torch.float64, "sum"), ((2, 3), torch.int64, torch.int64, "max"),
+FORMS = (((3,), torch.float32, torch.float64, "mean"), ((2, 3), torch.int64, torch.int64, "max"),
          ((17,), torch.float32, torch.float32, "logsumexp"),
          ((), torch.float32, torch.float64, "sum"))
 
@@ -73,7 +75,7 @@ def _bad_samples(generator: torch.Generator) -> Iterator[Sample]:
     yield from bad_clock_samples(token, total, middle=("sum",))
     yield Sample((token, total[:, :1], rows, clock, "sum"), error="total of shape")
     yield Sample((token[:0], total, rows, clock, "sum"), error="one token for each row")
-    yield Sample((token, total, rows, clock, "mean"), error="kind 'mean'")
+    yield Sample((token, total, rows, clock, "median"), error="kind 'median'")
     yield Sample((token.long(), total.long(), rows, clock, "logsumexp"), error="float dtype")
 
 

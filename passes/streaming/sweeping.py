@@ -15,7 +15,7 @@ import sympy
 from torch import fx
 
 from bincompile.ops.stream_window import stream_window
-from bincompile.passes.graph import aten
+from bincompile.passes.graph import aten, value_of
 from bincompile.passes.streaming.builder import StepBuilder
 from bincompile.passes.streaming.facts import Facts, settled
 from bincompile.passes.streaming.kinds import (
@@ -120,20 +120,30 @@ def waits(kind: Stepped, sweep: Sweep) -> tuple[int, int]:
 def window(arg: fx.Node, sweep: Sweep, build: StepBuilder, last: bool = False) -> fx.Node:
     """What a sweep reads at its newest place: (M, taps, *plain), with `last` (M, *plain, taps)."""
     kind = build.kind(arg)
+    if sweep.taps == 1 and not kind.lead and not sweep.left:
+        return build.call(aten.unsqueeze.default, build.token(arg), -1 if last else 1)
+    key = ("swept", arg, sweep, last)
+    if key not in build.shared:
+        build.shared[key] = swept(arg, sweep, build, stream_window.overload, sweep.taps,
+                                  last=(last,))
+    return build.shared[key]
+
+
+def swept(arg: fx.Node, sweep: Sweep, build: StepBuilder, target: Any, *middle: Any,
+          last: tuple[Any, ...] = ()) -> fx.Node:
+    """A call of an operator that keeps the tokens of a sweep in a ring.
+
+    Its arguments are the token, ring, rows and clock, what stands in the middle, then rate, delay,
+    fill, how far entries are apart, how old the newest is, and the last ones.
+    """
+    kind = build.kind(arg)
     read = early(kind, sweep)
     late, _ = waits(read, sweep)
     node = build.made(arg) if read is kind else build.step(arg)
-    slots = sweep.reach + late + 1
-    fill = kind.fill if read.lead else sweep.fill
-    key = ("swept", arg, sweep, last)
-    if sweep.taps == 1 and not read.lead and not sweep.left:
-        return build.call(aten.unsqueeze.default, build.token_of(node, read), -1 if last else 1)
-    if key not in build.shared:
-        ring = build.state("window", (slots, *kind.plain), arg.meta["val"].dtype)
-        build.shared[key] = build.call(
-            stream_window.overload, build.token_of(node, read), ring, build.rows, build.clock,
-            sweep.taps, read.rate, read.delay, fill, sweep.apart, late, last)
-    return build.shared[key]
+    ring = build.state("window", (sweep.reach + late + 1, *kind.plain), value_of(arg).dtype)
+    return build.call(
+        target, build.token_of(node, read), ring, build.rows, build.clock, *middle, read.rate,
+        read.delay, kind.fill if read.lead else sweep.fill, sweep.apart, late, *last)
 
 
 def check_others(axes: Axes, held: Sequence[int], what: str) -> None:

@@ -27,6 +27,8 @@ def build(kind: str, dtype: str, wide: str) -> Any:
             def store(value: Any, f: Any) -> None:
                 T.buffer_store(total, value, [row, T.floormod(index, 2), f])
                 kept = total[row, T.floormod(index, 2), f]
+                if kind == "mean":
+                    kept = kept / T.cast(T.max(index + 1, T.int64(1)), wide)
                 T.buffer_store(out, T.cast(kept, dtype), [place, f])
 
             with T.If(index > 0):

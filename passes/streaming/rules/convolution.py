@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from bincompile.ops.stream_depthwise import stream_depthwise
 from bincompile.passes.graph import arguments, aten, is_tensor, value_of
 from bincompile.passes.streaming.builder import StepBuilder
 from bincompile.passes.streaming.facts import Facts, settled
@@ -22,7 +23,14 @@ from bincompile.passes.streaming.kinds import (
 from bincompile.passes.streaming.rule import Rule, everything
 from bincompile.passes.streaming.rules.linear import emit
 from bincompile.passes.streaming.rules.pointwise import UNARY, overloads
-from bincompile.passes.streaming.sweeping import Sweep, check_others, moved, time_axis, window
+from bincompile.passes.streaming.sweeping import (
+    Sweep,
+    check_others,
+    moved,
+    swept,
+    time_axis,
+    window,
+)
 from bincompile.program import attribute
 
 BY_RANK = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
@@ -130,8 +138,12 @@ def _emit(node: fx.Node, build: StepBuilder) -> fx.Node:
     sweep = conv.sweep(axis)
     if isinstance(build.kind(node), Windowed):
         return _over_window(node, conv, build)
-    if len(value_of(arg).shape) - conv.first == 1 and conv.groups == 1 and len(kind.plain) < 2:
-        return _as_linear(node, conv, sweep, build)
+    if len(value_of(arg).shape) - conv.first == 1 and len(kind.plain) < 2:
+        if conv.groups == 1:
+            return _as_linear(node, conv, sweep, build)
+        if value_of(conv.weight).shape[:2] == (conv.groups, 1) and conv.weight.op == "get_attr" \
+                and value_of(arg).is_floating_point():
+            return _by_feature(node, conv, sweep, build)
     taken = window(arg, sweep, build)
     taken = taken if sweep.taps > 1 else build.call(aten.select.int, taken, 1, 0)
     taken = build.restored(taken, kind.axes, sweep.taps)
@@ -161,6 +173,15 @@ def _as_linear(node: fx.Node, conv: Convolution, sweep: Sweep, build: StepBuilde
     bias = build.read(conv.bias, Kind(()))
     return build.restored(build.call(aten.linear.default, flat, weight, bias),
                           build.kind(node).axes)
+
+
+def _by_feature(node: fx.Node, conv: Convolution, sweep: Sweep, build: StepBuilder) -> fx.Node:
+    """Each channel with weights of its own, read where the tokens are kept."""
+    stored = attribute(build.facts.module, conv.weight.target).detach()
+    weight = build.constant(stored[:, 0].T.contiguous(), conv.weight.name)
+    made = swept(arguments(node)["input"], sweep, build, stream_depthwise.overload, weight,
+                 build.read(conv.bias, Kind(())))
+    return build.restored(made, build.kind(node).axes)
 
 
 def _over_window(node: fx.Node, conv: Convolution, build: StepBuilder) -> fx.Node:

@@ -160,9 +160,12 @@ def _of_neighbours(arg: fx.Node, pool: Pool, axis: int, build: StepBuilder) -> f
         token = build.call(aten.amax.default, window(arg, sweep, build), [1])
     else:
         made = build.made(arg) if read is kind else build.step(arg)
-        token = pooled(build.token_of(made, read), read, pool.kind, sweep.taps, build)
-    if pool.kind == "sum":
-        token = build.call(aten.div.Tensor, token, pool.divisor or sweep.taps)
+        # Without padding a window is full when it is read, and its mean is that of all it holds.
+        full = pool.kind == "sum" and not (pool.divisor or sweep.left or read.lead)
+        token = pooled(build.token_of(made, read), read, "mean" if full else pool.kind,
+                       sweep.taps, build)
+        if pool.kind == "sum" and not full:
+            token = build.call(aten.div.Tensor, token, pool.divisor or sweep.taps)
     return build.restored(token, kind.axes)
 
 
@@ -309,14 +312,8 @@ def running(token: fx.Node, kind: Stepped, how: str, build: StepBuilder) -> fx.N
     dtype = value_of(token).dtype
     wide = torch.float64 if dtype == torch.float32 and how in ("sum", "mean") else dtype
     total = build.state("total", (2, *kind.plain), wide)
-    made = build.call(stream_scan.overload, token, total, build.rows, build.clock,
-                      "sum" if how == "mean" else how, kind.rate, kind.delay)
-    if how != "mean":
-        return made
-    seen = build.call(aten.add.Tensor, build.index(kind.rate, kind.delay), 1)
-    for _ in kind.plain:
-        seen = build.call(aten.unsqueeze.default, seen, -1)
-    return build.call(aten.div.Tensor, made, build.call(aten.clamp.default, seen, 1))
+    return build.call(stream_scan.overload, token, total, build.rows, build.clock, how, kind.rate,
+                      kind.delay)
 
 
 def _reference(node: fx.Node, facts: Facts, args: tuple[Any, ...],
