@@ -138,8 +138,13 @@ def _flattened(m: Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 SPELLINGS = {"batch first": _layouts, "time first": _layouts, "flattened": _flattened}
 
 
-@pytest.mark.parametrize("dynamic", (True, False), ids=("dynamic", "static"))
-@pytest.mark.parametrize("layout", SPELLINGS)
+CAPTURES = [(layout, dynamic) for layout in SPELLINGS for dynamic in (True, False)]
+DEFAULT = {("batch first", True), ("time first", False), ("flattened", True),
+           ("flattened", False)}
+
+
+@pytest.mark.parametrize("layout, dynamic", [
+    pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow) for case in CAPTURES])
 def test_every_layout_runs_one_token_at_a_time(layout: str, dynamic: bool) -> None:
     axis, module = TIME_AXES[layout], model(SPELLINGS[layout])
     x = tokens(*((TOKENS, ROWS) if axis == 0 else (ROWS, TOKENS)), FEATURES)
@@ -150,7 +155,7 @@ def test_every_layout_runs_one_token_at_a_time(layout: str, dynamic: bool) -> No
 
 
 def test_other_batches_than_the_captured_one_run() -> None:
-    module, x = model(_layouts), tokens(ROWS, TOKENS, FEATURES)
+    module, x = model(_flattened), tokens(ROWS, TOKENS, FEATURES)
     steps = to_steps(captured(module, x, dynamic=False), Continual())
     assert_equals(steps, module, tokens(7, 4, FEATURES), 1)
 
