@@ -68,6 +68,16 @@ def test_the_services_are_clean(machine: Machine, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("machine", SERVICES, ids=lambda machine: machine.name)
+def test_recorded_calls_are_clean(machine: Machine, tmp_path: Path) -> None:
+    skip_without(machine)
+    program = tmp_path / "replay"
+    command([*machine.compiler, "-std=c11", "-g", "-O1", "-Wall", "-Wextra", "-Werror",
+             str(native.shim_source().with_name("replay_selftest.c")), "-o", str(program)])
+    assert machine.run(program) == "replay: as it should be\n"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("machine", "right", "wrong"), [
     (SERVICES[0], "ALIGNMENT + size)", "size)"),
     (SERVICES[0], "free(own->blocks[place]);", ""),
