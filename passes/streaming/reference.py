@@ -72,7 +72,8 @@ class Reference:
         function = doubled(program.graph_module, {
             **(retimed(analysis) if fixed else {}), **analysis.references,
             **position_references(analysis.facts, start)}, double)
-        kinds = [analysis.facts.kind(n) for n in program.graph.output_node().args[0]]
+        kinds = [analysis.facts.kind(n)
+                 for n in analysis.facts.program.graph.output_node().args[0]]
         found = cls(steps, program, function, double, batch, None, tuple(k.axes for k in kinds),
                     tuple(getattr(k, "final", False) for k in kinds))
         return dataclasses.replace(found, length=length) \
