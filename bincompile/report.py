@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from bincompile.errors import ConfigError
@@ -22,6 +22,7 @@ from bincompile.views.marks import marks
 from bincompile.views.notebook import report_cell
 from bincompile.views.page import page, write_whole
 from bincompile.views.streaming import Streaming
+from bincompile.views.tables import table as table
 
 ORIGINALS = ("captured", "normal", "matched", "validated")  # before the first rewrite
 
@@ -167,9 +168,11 @@ class Report:
     def __str__(self) -> str:
         rows = {"matches": map(match_cells, self.matches),
                 "rewrites": map(rewrite_cells, self.rewrites),
-                "refusals": map(refusal_cells, self.refusals), "streaming": self._stream_cells}
-        tables = [f"{title}\n{table(header, rows[title])}" for title, header in HEADERS.items()
+                "refusals": map(refusal_cells, self.refusals)}
+        tables = [f"{title}\n{table(HEADERS[title], cells)}" for title, cells in rows.items()
                   if getattr(self, title)]
+        if self.streaming is not None:
+            tables.append(str(self.streaming))
         if self.notes:
             tables.append("notes\n" + "\n".join(f"  {note}" for note in self.notes))
         return "\n\n".join([self.summary(), *tables])
@@ -181,32 +184,6 @@ class Report:
         kinds = Counter(r.kind for r in self.rewrites)
         return (f"found and proven: {found}; rewrites: {kinds['exact']} exact, "
                 f"{kinds['lossy']} lossy; refused: {len(self.refusals)}")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Aligned text columns, numbers to the right; a column without a value is left out.
-
-    Example:
-        >>> print(table(("name", "note", "us"), [("bits", "", 12), ("float", "", 340)]))
-          name    us
-          bits    12
-          float  340
-    """
-    given = [list(row) for row in rows]
-    used = [i for i in range(len(header)) if not given or any(row[i] != "" for row in given)]
-    header, given = [header[i] for i in used], [[row[i] for i in used] for row in given]
-    numeric = [bool(given) and all(not isinstance(row[i], str) for row in given)
-               for i in range(len(header))]
-    lines = [list(header), *([cell if isinstance(cell, str) else f"{cell:,}" for cell in row]
-                             for row in given)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-
-    def show(line: list[str]) -> str:
-        cells = (cell.rjust(width) if number else cell.ljust(width)
-                 for cell, width, number in zip(line, widths, numeric, strict=True))
-        return ("  " + "  ".join(cells)).rstrip()
-
-    return "\n".join(map(show, lines))
 
 
 def plain(value: Any) -> Any:

@@ -145,9 +145,9 @@ class Stream:
                                      form.answers.drop, state.clock)
         self._repeats += 1
         if self._replay is not None and not torch.is_autocast_enabled("cpu"):
-            parts = self._replay(*tokens)
+            replayed = self._replay(*tokens)
             state.counted()
-            return parts
+            return replayed
         parts = form.answers.parts(run(form.executable, tokens + self._tail))
         state.advance(None)
         return parts

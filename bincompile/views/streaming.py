@@ -12,6 +12,8 @@ from bincompile.program import owner
 from bincompile.record import Evidence
 from bincompile.signature import Signature
 from bincompile.steps import StepProgram
+from bincompile.views.cells import HEADERS
+from bincompile.views.tables import table
 
 CLASSES = {
     "S1": "the newest token over a ring of keys and values",
@@ -85,6 +87,9 @@ class Streaming:
                  *(("proof", "not made") for _ in range(not self.evidence)),
                  *(("note", note) for note in self.notes)]
         return [row for row in rows if row[1]]
+
+    def __str__(self) -> str:
+        return f"streaming\n{table(HEADERS['streaming'], self.cells)}"
 
     def to_dict(self) -> dict[str, Any]:
         """The same in types that JSON has."""
