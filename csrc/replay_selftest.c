@@ -77,6 +77,12 @@ int main(void) {
     fails_at -= CALLS;
     expect(got[2] == 2 + CALLS - 1 && clock[0]-- == 5 && clock[1]--, "what was done behind it");
   }
+  int64_t square[2] = {2, 3}, across[2] = {1, 2}, along[2] = {3, 1}, none[2] = {0, 3};
+  Tensor turned = tensor(given, square, across, 2), straight = tensor(got, square, along, 2);
+  Any pair[2] = {{KIND_DLTENSOR, 0, {.pointer = &turned}}, {KIND_DLTENSOR, 0, {.pointer = &straight}}};
+  expect(__tvm_ffi_copy(NULL, pair, 2, NULL) == 0 && got[1] == 2 && got[3] == 1, "a copy");
+  straight.shape = none;
+  expect(__tvm_ffi_copy(NULL, pair, 2, NULL) == -1, "a copy of other sizes");
   free(own), free(given), free(got), free(apart);
   puts("replay: as it should be");
   return 0;

@@ -14,7 +14,7 @@ from bincompile.runtime.recording import Recorded
 
 # Kinds of arguments in tvm-ffi's C interface.
 INT, BOOL, FLOAT, DLTENSOR, TENSOR = 1, 2, 3, 7, 70
-CODES = {"int": 0, "uint": 1, "float": 2, "bfloat": 4, "bool": 6}
+CODES = {"int": 0, "uint": 1, "float": 2, "bfloat": 4, "complex": 5, "bool": 6}
 CPU = 1
 
 
@@ -55,8 +55,8 @@ class Part(ctypes.Structure):
 
 
 @functools.cache
-def library() -> tuple[Callable[..., int], int] | None:
-    """The function that makes recorded calls, and the address of tvm-ffi's own call.
+def library() -> tuple[Callable[..., int], int, Any] | None:
+    """The function that makes recorded calls, the address of tvm-ffi's own call, and `copy`.
 
     None where there is neither a built library nor a C compiler.
     """
@@ -67,7 +67,16 @@ def library() -> tuple[Callable[..., int], int] | None:
     from tvm_ffi.libinfo import find_libtvm_ffi
 
     called = ctypes.CDLL(find_libtvm_ffi()).TVMFFIFunctionCall
-    return tvm_ffi.load_module(str(path))["replay"], ctypes.cast(called, ctypes.c_void_p).value or 0
+    module = tvm_ffi.load_module(str(path))
+    return module["replay"], ctypes.cast(called, ctypes.c_void_p).value or 0, module["copy"]
+
+
+def copied(source: torch.Tensor, place: torch.Tensor) -> Recorded | None:
+    """The call that copies a tensor to another one of its sizes; None where C doesn't do it."""
+    found = library()
+    known = source.dtype == place.dtype and source.shape == place.shape \
+        and is_known(source) and is_known(place)
+    return (found[2], (source.detach(), place), None) if found is not None and known else None
 
 
 def is_plain(recorded: Recorded) -> bool:
@@ -77,7 +86,17 @@ def is_plain(recorded: Recorded) -> bool:
     function, args, given = recorded
     return isinstance(function, tvm_ffi.Function) and isinstance(given, int | None) and all(
         arg is None or isinstance(arg, int | float | tvm_ffi.Tensor)
-        or (isinstance(arg, torch.Tensor) and arg.device.type == "cpu") for arg in args)
+        or (isinstance(arg, torch.Tensor) and is_known(arg)) for arg in args)
+
+
+def is_known(value: torch.Tensor) -> bool:
+    """Whether a tensor's memory holds its numbers as they are, of a type that DLPack has."""
+    return value.device.type == "cpu" and _letters(value.dtype) in CODES and not (
+        value.is_conj() or value.is_neg())
+
+
+def _letters(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").rstrip("0123456789")
 
 
 class Calls:
@@ -123,8 +142,7 @@ class Calls:
         return Any_() if arg is None else Any_(TENSOR, 0, arg.__chandle__())
 
     def _tensor(self, value: torch.Tensor) -> Tensor:
-        name = str(value.dtype).removeprefix("torch.")
         sizes = ctypes.c_int64 * max(value.ndim, 1)
-        return Tensor(value.data_ptr(), CPU, 0, value.ndim, CODES[name.rstrip("0123456789")],
+        return Tensor(value.data_ptr(), CPU, 0, value.ndim, CODES[_letters(value.dtype)],
                       value.dtype.itemsize * 8, 1, self._kept(sizes(*value.shape)),
                       self._kept(sizes(*value.stride())), 0)

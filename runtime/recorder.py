@@ -19,6 +19,8 @@ from bincompile.runtime.recording import Recorded, recording
 _ATEN = torch.ops.aten
 _FRESH = (_ATEN.empty.memory_format, _ATEN.empty_strided.default, _ATEN.new_empty.default,
           _ATEN.new_empty_strided.default)
+_MOVES = (_ATEN.clone.default, _ATEN.reshape.default, _ATEN.contiguous.default,
+          _ATEN._reshape_copy.default, _ATEN.view_copy.default)
 _SIZES = (torch.Tensor.size, _ATEN.sym_size.int, _ATEN.sym_numel.default)
 _TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
@@ -28,16 +30,45 @@ class Unrepeatable(Exception):
 
 
 class _Watch(TorchDispatchMode):
-    """Notes whether torch computes anything; making memory and views of it is nothing."""
+    """Notes whether torch computes anything; making memory and views of it is nothing.
 
-    computes = False
+    Args:
+        calls: where copies are added that C makes as well.
+    """
+
+    def __init__(self, calls: list[Recorded]) -> None:
+        super().__init__()
+        self.calls, self.computes = calls, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         schema = func._schema
         is_view = not schema.is_mutable and bool(schema.returns) and all(
             given.alias_info is not None for given in schema.returns)
-        self.computes |= not is_view and func not in _FRESH
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        copies = _copies(func, args, made)
+        if copies is not None:
+            self.calls.extend(copies)
+        else:
+            self.computes |= not is_view and func not in _FRESH
+        return made
+
+
+def _copies(function: Any, args: tuple[Any, ...], made: Any) -> list[Recorded] | None:
+    """What an operator that only moves elements copies; None for any other."""
+    if function is _ATEN.copy_.default:
+        pairs = [(args[1].expand_as(args[0]), args[0])]
+    elif function in _MOVES and made.is_contiguous():
+        pairs = [(args[0], made.view(args[0].shape))]
+    elif function is _ATEN.clone.default:
+        pairs = [(args[0], made)]
+    elif function is _ATEN.cat.default:
+        sources = [source for source in args[0] if source.shape != (0,)]
+        sizes = [source.shape[args[1] if len(args) > 1 else 0] for source in sources]
+        pairs = list(zip(sources, made.split(sizes, *args[1:]), strict=True))
+    else:
+        return None
+    found = [c_calls.copied(*pair) for pair in pairs]
+    return None if None in found else [one for one in found if one is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +106,7 @@ class Recorder:
         results = function.fresh(*args) if isinstance(function, Bound) else ()
         run = functools.partial(function.into, *args, *results) \
             if isinstance(function, Bound) else functools.partial(function, *args)
-        with _Watch() as watch, recording() as calls:
+        with recording() as calls, _Watch(calls) as watch:
             made = run()
         if isinstance(function, Bound):
             made = results if function.several else results[0]
@@ -108,8 +139,10 @@ class Recorder:
             return made
         memory = {tensor.untyped_storage().data_ptr() for tensor in read}
         if writes or any(tensor.untyped_storage().data_ptr() not in memory for tensor in given):
-            self.done.append(Done(node, _written(function, args, kwargs, made)
-                                  or _into(run, made)))
+            copies = None if kwargs else _copies(function, args, made)
+            again = _into(run, made) if copies is not None else (
+                _written(function, args, kwargs, made) or _into(run, made))
+            self.done.append(Done(node, again, None if copies is None else tuple(copies)))
         return made
 
 

@@ -139,6 +139,8 @@ class Replay:
             except Unrepeatable:
                 return
             results = self._results(recorder, given)
+        if not all(map(c_calls.is_known, (*self._staged, *results))):
+            return
         self._outside = tuple(done.node for done in recorder.done if done.calls is None)
         self._kept = recorder.kept
         self._parts = [_Part(list(entries) if in_c else [], [] if in_c else list(entries))
@@ -154,8 +156,9 @@ class Replay:
         if not all(isinstance(value, torch.Tensor) for value in given):
             self._template = [(isinstance(value, torch.Tensor), value) for value in given]
         for value in (v for v in given if isinstance(v, torch.Tensor)):
-            if not _is_dense(value):
-                whole = value.contiguous()
+            if not _is_dense(value) or not c_calls.is_known(value):
+                whole = torch.empty_like(value, memory_format=torch.contiguous_format)
+                whole.copy_(value)
                 recorder.done.append(Done("output", functools.partial(whole.copy_, value)))
                 recorder.kept.append(whole)
                 value = whole

@@ -221,3 +221,29 @@ def test_a_recording_has_the_calls_of_its_own_thread_alone() -> None:
         executable(x)
     executable(x)
     assert len(calls) == 2 and len(inner) == 1 and all(map(c_calls.is_plain, calls))
+
+
+def test_copies_between_kernels_are_made_by_c() -> None:
+    table = nn.Embedding(5, 8).eval()
+
+    def function(i: torch.Tensor, x: torch.Tensor) -> Any:
+        y = torch.relu(table(i)) * 2
+        turned = y.view(3, 2, 4).transpose(0, 1)
+        whole = torch.cat([turned.reshape(2, 12), x[:, ::2], x[:0, :3].reshape(2, 0)], 1)
+        return turned.contiguous(), whole, torch.cat([y, y[:1]]), x.transpose(0, 1).clone()
+
+    example = torch.tensor([1, 2, 3]), torch.randn(2, 6)
+    executable = of(function, *example)
+    replay = Replay.of(executable, example, 2)
+    assert replay.outside == ()
+    for _ in range(3):
+        i, x = torch.randint(5, (3,)), torch.randn(2, 6)
+        assert all(map(torch.equal, replay(i, x), executable(i, x)))
+
+
+def test_numbers_that_memory_holds_otherwise_are_what_they_mean() -> None:
+    executable = of(lambda x: (torch.conj(x), torch.imag(torch.conj(x)), x * 2),
+                    torch.zeros(2, 3, dtype=torch.complex64))
+    replay = Replay.of(executable, [torch.zeros(2, 3, dtype=torch.complex64)], 1)
+    x = torch.randn(2, 3, dtype=torch.complex64)
+    assert all(map(torch.equal, replay(x), executable(x)))
