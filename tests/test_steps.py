@@ -119,7 +119,8 @@ def _layouts(m: Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y.repeat(1, 1, 2).repeat_interleave(2, 2).narrow(2, 3, 4),
         (y.view(a, b, 3, 4) @ m.linear.weight[:4, :4]).flatten(2).argmax(-1),
         y.topk(3, -1).values, x.square().mean(-1, keepdim=True) * y,
-        functional.pad(y, (1, 2)), y.reshape(a, b, 4, 3).select(3, 1),
+        functional.pad(y, (1, 2)), y.reshape(a, b, 4, 3).select(3, 1), y[..., [3, 0, 7]],
+        y.gather(2, x.argsort(-1)[..., :4]), heads[:, :, torch.tensor([2, 0])].flatten(2),
     )
 
 

@@ -126,7 +126,10 @@ def _analysed(facts: Facts) -> Analysis:
                 raise RefusedAt(node, refused) from refused
             if rule is not None:
                 chosen[node] = rule
-    _check_outputs(facts)
+    try:
+        _check_outputs(facts)
+    except Refused as refused:
+        raise RefusedAt(facts.program.graph.output_node(), refused) from refused
     return Analysis(facts, chosen, demanded(facts, chosen))
 
 

@@ -34,8 +34,13 @@ def demanded(facts: Facts, chosen: dict[fx.Node, Rule]) -> dict[fx.Node, str]:
         if node not in asked or node not in chosen or isinstance(facts.kind(node), Pairwise):
             continue
         for arg in node.all_input_nodes:
-            if arg in facts and (is_tensor(arg) or is_sequence(arg)):
-                _ask(asked, arg, chosen[node].demand(node, arg, asked[node], facts), facts, node)
+            if arg not in facts or not (is_tensor(arg) or is_sequence(arg)):
+                continue
+            try:
+                wanted = chosen[node].demand(node, arg, asked[node], facts)
+            except Refused as refused:
+                raise RefusedAt(node, refused) from refused
+            _ask(asked, arg, wanted, facts, node)
     return asked
 
 

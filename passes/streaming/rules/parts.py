@@ -8,9 +8,22 @@ from typing import Any
 from torch import fx
 
 from bincompile.passes.graph import arguments, aten, value_of
+from bincompile.passes.streaming import placing
 from bincompile.passes.streaming.builder import StepBuilder
 from bincompile.passes.streaming.facts import Facts, settled
-from bincompile.passes.streaming.kinds import BATCH, TIME, Axes, Axis, Kind, Kinds, Refused, plain
+from bincompile.passes.streaming.kinds import (
+    BATCH,
+    TIME,
+    Axes,
+    Axis,
+    Kind,
+    Kinds,
+    Refused,
+    Stepped,
+    Still,
+    Windowed,
+    plain,
+)
 from bincompile.passes.streaming.regroup import is_plain, with_axis, without
 from bincompile.passes.streaming.rule import Rule
 from bincompile.passes.streaming.rules.layout import as_it_is, source
@@ -86,6 +99,53 @@ def _pick(node: fx.Node, build: StepBuilder) -> fx.Node:
                       build.read(index, Kind(())))
 
 
+def _places(node: fx.Node, facts: Facts) -> Kind | None:
+    """x[..., [2, 0]]: entries of plain axes by stored numbers, which stand side by side."""
+    kind, indices = settled(facts.kind(node.args[0])), list(node.args[1])
+    given = [i for i, index in enumerate(indices) if index is not None]
+    if not isinstance(kind, Stepped | Windowed) or any(
+            not isinstance(facts.kind(indices[i]), Still) for i in given):
+        return None
+    if given != list(range(given[0], given[-1] + 1)):
+        raise Refused("takes entries of axes that stand apart")
+    for i in given:
+        if not is_plain(kind.axes[i]):
+            raise Refused("takes tokens or rows by their numbers")
+    rest = kind.axes[given[-1] + 1:]
+    shape = facts.shape(node)
+    new = tuple(plain(s) for s in shape[given[0]:len(shape) - len(rest)])
+    found: Kind = kind.with_axes((*kind.axes[:given[0]], *new, *rest))
+    return found
+
+
+def _place(node: fx.Node, build: StepBuilder) -> fx.Node:
+    kind = build.kind(node)
+    indices = [None if i is None else placing.still(build, i, kind) for i in node.args[1]]
+    return build.call(node.target, build.read(node.args[0], kind, build.extent(node)), indices)
+
+
+def _gathered(node: fx.Node, facts: Facts) -> Kind | None:
+    """Entries along a plain axis, by numbers that may change with time."""
+    given = arguments(node)
+    kinds = [settled(facts.kind(given[name])) for name in ("self", "index")]
+    axis = given["dim"] % len(kinds[0].axes)
+    if not all(is_plain(k.axes[axis]) for k in kinds):
+        raise Refused("takes tokens or rows by their numbers")
+    axes = [[*k.axes] for k in kinds]
+    for own in axes:
+        own[axis] = ()
+    joined = facts.join([k.with_axes(tuple(own)) for k, own in zip(kinds, axes, strict=True)])
+    found: Kind = joined.with_axes(with_axis(joined.axes, axis, kinds[1].axes[axis]))
+    return found
+
+
+def _gather(node: fx.Node, build: StepBuilder) -> fx.Node:
+    given, kind = arguments(node), build.kind(node)
+    read, index = (build.read(given[name], kind, build.extent(node))
+                   for name in ("self", "index"))
+    return build.call(node.target, read, given["dim"], index)
+
+
 def _item(node: fx.Node, facts: Facts) -> Kind | None:
     kinds = facts.kind(node.args[0])
     return kinds[node.args[1]] if isinstance(kinds, tuple) else None
@@ -157,6 +217,8 @@ split = Rule((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.defau
 select = Rule((aten.select.int,), _select, as_it_is)
 resize = Rule((aten.slice.Tensor, aten.narrow.default), _resized, _slice)
 pick = Rule((aten.index_select.default,), _picked, _pick)
+places = Rule((aten.index.Tensor,), _places, _place)
+gather = Rule((aten.gather.default,), _gathered, _gather)
 item = Rule((operator.getitem,), _item, _get_item)
 cat = Rule((aten.cat.default, aten.concat.default, aten.concatenate.default), _cat, _put_together)
 stack = Rule((aten.stack.default,), _stack, _put_together)
