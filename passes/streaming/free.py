@@ -15,6 +15,7 @@ from bincompile.passes.sizes import symbols
 from bincompile.passes.streaming import placing
 from bincompile.passes.streaming.free_graph import Counter, Free, at_sizes, free_of, written
 from bincompile.passes.streaming.kinds import (
+    BATCH,
     TIME,
     Atom,
     Axis,
@@ -51,7 +52,10 @@ def free_kind(node: fx.Node, facts: Facts) -> Kind | tuple[Kind, ...]:
         raise Refused(f"is made from the number of tokens: {found.reason}",
                       "positions that count from the first token")
     axes = tuple(_axis(s, i in found.axes, facts) for i, s in enumerate(sizes))
-    return (Still, Indexed, Pairwise)[len(found.axes)](axes)
+    if not found.axes:
+        return Still(tuple((Atom(BATCH, s),) if s == facts.inputs.batch else axis
+                           for s, axis in zip(sizes, axes, strict=True)))
+    return (Indexed, Pairwise)[len(found.axes) - 1](axes)
 
 
 def _axis(size: Any, moves: bool, facts: Facts) -> Axis:
