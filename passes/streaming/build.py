@@ -23,6 +23,7 @@ from bincompile.passes.streaming.kinds import (
     expression,
     parts_of,
 )
+from bincompile.passes.streaming.narrow import narrow
 from bincompile.passes.streaming.prepare import prepare
 from bincompile.passes.streaming.rule import ALL
 from bincompile.passes.streaming.tidy import tidy
@@ -63,6 +64,7 @@ class _Steps:
         results, answers = self._outputs()
         build, facts = self.build, self.facts
         build.answer(results)
+        narrow(build)
         tidy(build)
         graph_module = build.finished()
         program = self.model.next(graph_module, "steps", signature=_signature(graph_module))
@@ -89,6 +91,9 @@ class _Steps:
             made = self.analysis.chosen[node].emit(node, self.build)
         except Refused as refused:
             raise error_of(node, refused) from refused
+        except RuntimeError as error:  # torch's own, of sizes that don't go together
+            reason = str(error).partition("\n")[0]
+            raise error_of(node, Refused(f"can't take one token: {reason}")) from error
         kind = self.facts.kind(node)
         held = tuple(map(value_of, made)) if isinstance(made, tuple) else value_of(made)
         for part, value in zip(parts_of(kind), held if isinstance(kind, tuple) else (held,),
