@@ -11,6 +11,7 @@ from bincompile.body import Body, Name, Statement
 from bincompile.ops import bits
 from bincompile.ops.row_ops import ROW_OPS
 from bincompile.runtime.schedules.rows_body import POWERS, TRUTHS, Input
+from bincompile.runtime.schedules.rows_store import ROWS, WIDE
 
 # The role of each argument that is not a value of rows: operation -> role by place.
 ROLES: Mapping[str, Mapping[int, str]] = {
@@ -126,8 +127,8 @@ def _input(name: str, value: Any, role: str, own: Lead, lead: Lead) -> Input:
     sizes = [known_size(size) for size in value.shape]
     if role in ("indices", "index_period") and not sizes:
         raise Unsuitable(f"{name} is a single index")
-    if role in ("rows", "period", "indices", "index_period"):
-        leading = [None] * (len(sizes) - (role in ("rows", "period")))
+    if role in ROWS:
+        leading = [None] * (len(sizes) - (role in WIDE))
         sizes = [*leading, *sizes[len(leading):]]
     elif role in ("table", "bits", "scales"):
         if sizes[0] in (0, None):
@@ -135,7 +136,7 @@ def _input(name: str, value: Any, role: str, own: Lead, lead: Lead) -> Input:
         sizes[0] = None
     if role == "weights" and (len(sizes) != 2 or None in sizes or 0 in sizes):
         raise Unsuitable(f"{name}, a weight of shape {tuple(value.shape)}")
-    if None in sizes[-1:] and role in ("rows", "period", "columns", "table", "bits"):
+    if None in sizes[-1:] and role in (*WIDE, "columns", "table", "bits"):
         raise Unsuitable(f"{name} has a last axis of a size that is known only at run time")
     if 0 in sizes[-1:]:
         raise Unsuitable(f"{name} has no columns")
@@ -144,7 +145,7 @@ def _input(name: str, value: Any, role: str, own: Lead, lead: Lead) -> Input:
 
 
 def _repeats(name: str, role: str, value: Any, own: Lead, lead: Lead) -> str:
-    """Whether an input has a row for each of the program's, or begins again after some."""
+    """Whether an input has a row for each of the program's, or how it makes do with fewer."""
     if role == "value" and value.ndim < 2:
         return "columns"
     if own == lead:
@@ -154,6 +155,10 @@ def _repeats(name: str, role: str, value: Any, own: Lead, lead: Lead) -> str:
         bare = bare[1:]
     if bare == lead[len(lead) - len(bare):]:
         return "period" if role == "value" else "index_period"
+    while own and own[-1] == 1:
+        own = own[:-1]
+    if role == "value" and own == lead[:len(own)]:
+        return "repeat"
     raise Unsuitable(f"{name} of shape {tuple(value.shape)} repeats inside the rows {lead}")
 
 

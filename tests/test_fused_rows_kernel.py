@@ -283,7 +283,7 @@ def test_rows_that_do_not_fit_are_an_error_and_never_read_or_written() -> None:
     ("t0 = exp(x0)\nreturn t0", [torch.randn(3)], "no input has rows"),
     ("t0 = exp(x1)\nt1 = add(x0, t0)\nreturn t0, t1",
      [torch.randn(2, 3), torch.randn(3)], "fewer rows"),
-    ("t0 = add(x0, x1)\nreturn t0", [torch.randn(2, 4, 3), torch.randn(2, 1, 3)],
+    ("t0 = add(x0, x1)\nreturn t0", [torch.randn(2, 4, 5, 3), torch.randn(2, 1, 5, 3)],
      "repeats inside"),
     ("t0 = pow(x0, 1.7)\nreturn t0", [torch.randn(2, 3)], "exponent"),
     ("t0 = exp(x0)\nreturn t0", [torch.randn(2, 0)], "no columns"),

@@ -132,6 +132,7 @@ def _samples(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample((inputs, _FLOATS), stored=(1, 2, 3, 4, 5))
     x, gate = normal(3, 5, 20), normal(3, 5, 20)
     yield Sample(([x, gate, torch.tensor(0.05)], _GATE), stored=(2,))
+    yield Sample(([x, normal(3, 1, 20), torch.tensor(0.05)], _GATE), stored=(2,))
     yield Sample(([x.double(), gate.double(), torch.tensor(0.05).double()], _GATE), stored=(2,))
     x = x.clone()
     x[0, 0, :3] = torch.tensor([float("inf"), float("nan"), -0.0])

@@ -40,7 +40,8 @@ class Input(NamedTuple):
     """How an input is read.
 
     Args:
-        role: "rows" and "period" (rows of numbers, the latter repeating), "indices" and
+        role: "rows", "period" and "repeat" (rows of numbers, those of "period" beginning again
+            at the end, each of "repeat" standing for several in turn), "indices" and
             "index_period" (one integer a row), "columns" (one number a column, or one in all),
             "panels" (a weight (outputs, inputs), packed), "padded" (columns, and zeros behind
             them), "weights" (numbers (outputs, inputs)), "table" (rows of numbers), "bits" (rows

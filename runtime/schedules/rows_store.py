@@ -17,8 +17,8 @@ from bincompile.runtime.schedules.rows_body import (
 from bincompile.runtime.schedules.rows_plan import Plan
 
 MAIN = ("rows", "indices")  # roles of inputs with something for every row
-WIDE = ("rows", "period")  # roles of inputs whose last axis is a row
-ROWS = ("rows", "period", "indices", "index_period")
+WIDE = ("rows", "period", "repeat")  # roles of inputs whose last axis is a row
+ROWS = (*WIDE, "indices", "index_period")
 INDICES = ("int32", "int64")
 _UNEVEN = "the inputs have different numbers of rows"
 
@@ -32,6 +32,7 @@ class Arguments:
         step: rows of one block.
         inputs: the buffer of each input.
         periods: after how many rows an input begins again.
+        repeats: for how many rows in turn a row of an input stands.
         results: the buffer of each result.
     """
 
@@ -39,6 +40,7 @@ class Arguments:
     step: Any
     inputs: dict[Name, Any]
     periods: dict[Name, Any]
+    repeats: dict[Name, Any]
     results: dict[Name, Any]
 
 
@@ -66,13 +68,16 @@ def declare(T: Any, inputs: tuple[Input, ...], plan: Plan, widths: dict[Name, in
         counts[name] = math.prod(shape[:-1], start=T.int64(1))
     main = next(name for name, entry in given.items() if entry.role in MAIN)
     rows = T.bind(counts[main])
-    found = Arguments(rows, step, buffers, {}, results)
+    found = Arguments(rows, step, buffers, {}, {}, results)
     for name, count in counts.items():
         size = T.bind(count)
         if name in given and given[name].role not in MAIN:
-            found.periods[name] = size
-            repeats = T.floormod(rows, T.max(size, T.int64(1))) == 0
-            with T.Assert(T.Or(rows == 0, T.And(size > 0, repeats)), _UNEVEN):
+            some = T.bind(T.max(size, T.int64(1)))
+            if given[name].role == "repeat":
+                found.repeats[name] = T.bind(T.max(T.floordiv(rows, some), T.int64(1)))
+            else:
+                found.periods[name] = size
+            with T.Assert(T.Or(rows == 0, T.And(size > 0, T.floormod(rows, some) == 0)), _UNEVEN):
                 pass
         elif name != main:
             with T.Assert(size == rows, _UNEVEN):

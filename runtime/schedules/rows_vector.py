@@ -163,7 +163,10 @@ class Vector:
 def input_row(program: Program, name: Name, row: Any) -> Any:
     """Which row of an input belongs to a row of the block."""
     row = program.first + row
-    period = program.arguments.periods.get(name)
+    period, repeat = (known.get(name) for known in (program.arguments.periods,
+                                                    program.arguments.repeats))
+    if repeat is not None:
+        return program.T.floordiv(row, repeat)
     return row if period is None else program.T.floormod(row, period)
 
 
