@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def _supports(call: Call) -> str | None:
 
 
 def _bind(call: Call) -> Bound:
-    module, given = load(_recipe(call), call.target), _taken(call)
+    module, given = load(_recipe(call), call.target), taken(call, TENSORS)
     serial, parallel = module["serial"], module["heads"]
     heads = call.value("query").shape[1]
     features, width = call.value("key").shape[2], call.value("value").shape[2]
@@ -70,8 +70,8 @@ def _bind(call: Call) -> Bound:
         if not extras:
             tensors[8:10] = None, None
         states = tensors[3:5]
-        tensors[:3] = map(_in_rows, tensors[:3])
-        tensors[3:7] = map(_whole, tensors[3:7])
+        tensors[:3] = map(in_rows, tensors[:3])
+        tensors[3:7] = map(whole, tensors[3:7])
         _, held, rows, clock = tensors[3:7]
         function = serial if torch.get_num_threads() == 1 or (
             rows.shape[0] * products * held.shape[2] < WORTH_THREADS) else parallel
@@ -85,11 +85,11 @@ def _bind(call: Call) -> Bound:
     return Bound(shape, attend)
 
 
-def _taken(call: Call) -> Callable[[tuple[torch.Tensor, ...]], list[Any]]:
+def taken(call: Call, names: Sequence[str]) -> Callable[[tuple[torch.Tensor, ...]], list[Any]]:
     """A function from the run-time values to all tensors, None for one that is not there."""
     known = [None if isinstance(argument := call.arguments[name], Dynamic) or argument is None
-             else argument.detach().contiguous() for name in TENSORS]
-    places = [TENSORS.index(name) for name in call.dynamic]
+             else argument.detach().contiguous() for name in names]
+    places = [names.index(name) for name in call.dynamic]
 
     def given(values: tuple[torch.Tensor, ...]) -> list[Any]:
         found = known.copy()
@@ -100,12 +100,12 @@ def _taken(call: Call) -> Callable[[tuple[torch.Tensor, ...]], list[Any]]:
     return given
 
 
-def _in_rows(x: torch.Tensor) -> torch.Tensor:
+def in_rows(x: torch.Tensor) -> torch.Tensor:
     """With its last axis side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _whole(x: torch.Tensor) -> torch.Tensor:
+def whole(x: torch.Tensor) -> torch.Tensor:
     """In one piece; a call of `contiguous` in each step would count as work of torch."""
     return x if x.is_contiguous() else x.contiguous()
 

@@ -15,14 +15,12 @@ No row depends on how the work is split.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from bincompile.runtime.schedules import vector_math
 from bincompile.runtime.schedules.attention_parts import helpers
-from bincompile.runtime.schedules.common import LANE, ceil_div, return_flag
-from bincompile.runtime.schedules.stream_queries import HEADS, Facets, Head, Tensors, Token, kept
+from bincompile.runtime.schedules.common import LANE, return_flag
+from bincompile.runtime.schedules.stream_queries import HEADS, Facets, Head, Tensors, each_token
 
 MODES = ("serial", "heads")
 # Passes of TVM without use here that would take half of the time of a compilation.
@@ -57,33 +55,16 @@ def _function(T: Any, mode: str, facets: Facets) -> None:
         T.buffer_store(bad, T.int32(0), [0])
         if mode == "serial":
             scores = _scores(T, tiles)
-            with T.serial(0, count) as place, _each_token(T, facets, tensors, place, bad) as token:
-                with T.serial(0, groups) as group:
-                    Head(T, facets, tensors, token, group, scores).run()
+            with T.serial(0, count) as place, \
+                    each_token(T, facets.unbounded, tensors, place, bad) as token, \
+                    T.serial(0, groups) as group:
+                Head(T, facets, tensors, token, group, scores).run()
         else:
-            with T.parallel(0, count * groups) as unit, _each_token(
-                    T, facets, tensors, T.floordiv(unit, groups), bad) as token:
+            with T.parallel(0, count * groups) as unit, each_token(
+                    T, facets.unbounded, tensors, T.floordiv(unit, groups), bad) as token:
                 Head(T, facets, tensors, token, T.floormod(unit, groups),
                      _scores(T, tiles)).run()
         return_flag(T, bad)
-
-
-@contextlib.contextmanager
-def _each_token(T: Any, facets: Facets, tensors: Tensors, place: Any, bad: Any) -> Iterator[Token]:
-    """The token at a place of the rows, if its row is there and its ring has a slot for it."""
-    row, slots = kept(T, tensors.rows[place]), tensors.sizes[3] * LANE
-    with T.If(T.And(row >= 0, row < tensors.sizes[1])):
-        with T.Then():
-            index = kept(T, -T.floordiv(tensors.delay - tensors.clock[row], tensors.rate))
-            with T.If(index < slots if facets.unbounded else T.bool(True)):
-                with T.Then():
-                    yield Token(place, row, kept(T, T.floormod(index, slots)),
-                                kept(T, T.min(index + 1, tensors.window)),
-                                kept(T, ceil_div(T.min(index, slots), LANE)), slots)
-                with T.Else():
-                    T.buffer_store(bad, T.int32(2), [0])
-        with T.Else():
-            T.buffer_store(bad, T.int32(1), [0])
 
 
 def _text(facets: Facets) -> str:

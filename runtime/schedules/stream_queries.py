@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from bincompile.runtime.schedules import vector_math
@@ -91,6 +93,24 @@ def kept(T: Any, number: Any, dtype: str = "int64") -> Any:
     memory = T.alloc_buffer((1,), dtype)
     T.buffer_store(memory, number, [0])
     return memory[0]
+
+
+@contextlib.contextmanager
+def each_token(T: Any, unbounded: bool, tensors: Any, place: Any, bad: Any) -> Iterator[Token]:
+    """The token at a place of the rows, if its row is there and its ring has a slot for it."""
+    row, slots = kept(T, tensors.rows[place]), tensors.sizes[3] * LANE
+    with T.If(T.And(row >= 0, row < tensors.sizes[1])):
+        with T.Then():
+            index = kept(T, -T.floordiv(tensors.delay - tensors.clock[row], tensors.rate))
+            with T.If(index < slots if unbounded else T.bool(True)):
+                with T.Then():
+                    yield Token(place, row, kept(T, T.floormod(index, slots)),
+                                kept(T, T.min(index + 1, tensors.window)),
+                                kept(T, ceil_div(T.min(index, slots), LANE)), slots)
+                with T.Else():
+                    T.buffer_store(bad, T.int32(2), [0])
+        with T.Else():
+            T.buffer_store(bad, T.int32(1), [0])
 
 
 class Head:
