@@ -17,27 +17,29 @@ import torch
 from bincompile.ops import OPERATORS
 
 _POINTWISE = """
-__and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Tensor abs.default add.Scalar
-add.Tensor bitwise_and.Tensor bitwise_not.default bitwise_or.Tensor ceil.default clamp.Tensor
-clamp.default clamp_max.default clamp_min.default cos.default div.Scalar div.Tensor
-div.Tensor_mode elu.default eq.Scalar eq.Tensor erf.default exp.default expm1.default
+__and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Tensor abs.default acos.default
+add.Scalar add.Tensor addcdiv.default addcmul.default asin.default atan.default atan2.default
+bitwise_and.Tensor bitwise_not.default bitwise_or.Tensor ceil.default celu.default clamp.Tensor
+clamp.default clamp_max.default clamp_min.default cos.default cosh.default div.Scalar div.Tensor
+div.Tensor_mode elu.default eq.Scalar eq.Tensor erf.default exp.default exp2.default expm1.default
 floor.default floor_divide.default fmod.Scalar fmod.Tensor ge.Scalar ge.Tensor gelu.default
-glu.default gt.Scalar gt.Tensor hardsigmoid.default hardswish.default hardtanh.default
-isfinite.default isinf.default isnan.default le.Scalar le.Tensor leaky_relu.default log.default
-log1p.default log_sigmoid.default logical_and.default logical_not.default logical_or.default
-logical_xor.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor maximum.default
-minimum.default mish.default mul.Scalar mul.Tensor nan_to_num.default ne.Scalar ne.Tensor
-neg.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu.default reciprocal.default
-relu.default relu6.default remainder.Scalar remainder.Tensor round.default rsqrt.default
-rsub.Scalar selu.default sigmoid.default sign.default silu.default sin.default softplus.default
-sqrt.default square.default sub.Scalar sub.Tensor tan.default tanh.default trunc.default
+glu.default gt.Scalar gt.Tensor hardshrink.default hardsigmoid.default hardswish.default
+hardtanh.default isfinite.default isinf.default isnan.default le.Scalar le.Tensor leaky_relu.default
+lerp.Scalar lerp.Tensor log.default log10.default log1p.default log2.default log_sigmoid.default
+logical_and.default logical_not.default logical_or.default logical_xor.default lt.Scalar lt.Tensor
+masked_fill.Scalar masked_fill.Tensor maximum.default minimum.default mish.default mul.Scalar
+mul.Tensor nan_to_num.default ne.Scalar ne.Tensor neg.default pow.Scalar pow.Tensor_Scalar
+pow.Tensor_Tensor prelu.default reciprocal.default relu.default relu6.default remainder.Scalar
+remainder.Tensor round.default rsqrt.default rsub.Scalar selu.default sigmoid.default sign.default
+silu.default sin.default sinh.default softplus.default softshrink.default sqrt.default
+square.default sub.Scalar sub.Tensor tan.default tanh.default threshold.default trunc.default
 where.ScalarOther where.ScalarSelf where.self
 """
 _SHAPES = """
 _to_copy.default broadcast_to.default cat.default chunk.default clone.default
-constant_pad_nd.default diagonal.default expand.default expand_as.default flatten.using_ints
-flip.default gather.default index.Tensor index_select.default mT.default movedim.int
-narrow.default numpy_T.default pad.default permute.default repeat.default
+constant_pad_nd.default diagonal.default diff.default expand.default expand_as.default
+flatten.using_ints flip.default gather.default index.Tensor index_select.default mT.default
+movedim.int narrow.default numpy_T.default pad.default permute.default repeat.default
 repeat_interleave.self_int reshape.default roll.default select.int slice.Tensor split.Tensor
 split_with_sizes.default squeeze.default squeeze.dim squeeze.dims stack.default swapaxes.default
 sym_numel.default sym_size.int t.default to.dtype transpose.int tril.default triu.default
@@ -45,26 +47,27 @@ type_as.default unbind.int unflatten.int unfold.default unsqueeze.default
 """
 _CREATION = """
 arange.default arange.start arange.start_step empty.memory_format full.default full_like.default
-linspace.default new_full.default new_ones.default new_zeros.default ones.default
-ones_like.default scalar_tensor.default zeros.default zeros_like.default
+linspace.default new_full.default new_ones.default new_zeros.default ones.default ones_like.default
+scalar_tensor.default zeros.default zeros_like.default
 """
 _REDUCTIONS = """
-_safe_softmax.default _softmax.default all.default all.dim amax.default amin.default
-aminmax.default any.default any.dim argmax.default argmin.default count_nonzero.dim_IntList
-cumsum.default linalg_vector_norm.default log_softmax.int logsumexp.default max.default max.dim
-mean.default mean.dim min.default min.dim norm.ScalarOpt_dim prod.default prod.dim_int softmax.int
-sort.default std.correction sum.default sum.dim_IntList topk.default var.correction
-var_mean.correction
+_safe_softmax.default _softmax.default all.default all.dim amax.default amin.default aminmax.default
+any.default any.dim argmax.default argmin.default count_nonzero.dim_IntList cummax.default
+cummin.default cumprod.default cumsum.default linalg_vector_norm.default log_softmax.int
+logcumsumexp.default logsumexp.default max.default max.dim mean.default mean.dim min.default min.dim
+norm.ScalarOpt_dim prod.default prod.dim_int softmax.int sort.default std.correction sum.default
+sum.dim_IntList topk.default var.correction var_mean.correction
 """
 _LAYERS = """
 _embedding_bag.default _embedding_bag_forward_only.default
-_native_batch_norm_legit_no_training.default adaptive_avg_pool1d.default
-adaptive_avg_pool2d.default addmm.default avg_pool1d.default avg_pool2d.default baddbmm.default
+_native_batch_norm_legit_no_training.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default
+addmm.default avg_pool1d.default avg_pool2d.default avg_pool3d.default baddbmm.default
 batch_norm.default bmm.default conv1d.default conv1d.padding conv2d.default conv2d.padding
-cosine_similarity.default dot.default einsum.default embedding.default embedding_bag.default
-embedding_bag.padding_idx group_norm.default instance_norm.default layer_norm.default
-linear.default matmul.default max_pool2d.default mm.default mv.default native_group_norm.default
-native_layer_norm.default one_hot.default outer.default pixel_shuffle.default rms_norm.default
+conv3d.default conv3d.padding cosine_similarity.default dot.default einsum.default embedding.default
+embedding_bag.default embedding_bag.padding_idx group_norm.default gru.input instance_norm.default
+layer_norm.default linear.default lstm.input matmul.default max_pool1d.default max_pool2d.default
+max_pool3d.default mm.default mv.default native_group_norm.default native_layer_norm.default
+one_hot.default outer.default pixel_shuffle.default rms_norm.default rnn_relu.input rnn_tanh.input
 scaled_dot_product_attention.default upsample_bilinear2d.vec upsample_nearest2d.vec
 """
 _PYTHON = {
