@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import is_fake
 from bincompile.errors import InputError, InputTypeError
 from bincompile.op import Sample
 
-Rows, Clock = torch.Tensor, torch.Tensor
+Rows = torch.Tensor
+Clock = torch.Tensor
 
 
 def index_of(rows: Rows, clock: Clock, rate: int, delay: int) -> torch.Tensor:
