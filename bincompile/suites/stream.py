@@ -61,7 +61,7 @@ def longer_name() -> str:
 def _streams(width: int, heads: int, tokens: int) -> tuple[SelfAttention, torch.Tensor, Streams]:
     """An attention layer, a window, and full streams."""
     model, x = SelfAttention(width, heads).eval(), torch.randn(1, tokens, width)
-    return model, x, Streams(model, x, Continual(tokens))
+    return model, x, Streams(model, x, Continual(tokens), FORMS)
 
 
 def _attention(width: int, heads: int, tokens: int) -> Iterator[Row]:
