@@ -18,6 +18,7 @@ from bincompile.passes.fuse_numbers import raise_factors
 from bincompile.passes.fuse_ops import rules_of
 from bincompile.passes.fuse_proof import candidate_of, prove_region
 from bincompile.passes.fuse_regions import Region, regions_of
+from bincompile.passes.fuse_views import raise_pointwise
 from bincompile.passes.graph import Build, copy_module, finish, put_in_order
 from bincompile.passes.lower import fold, read_bytes
 from bincompile.passes.patterns import owner_of
@@ -36,6 +37,8 @@ def fuse(program: Program) -> Program:
     finish(module)
     raise_factors(module)
     few = any(stage.level == STEPS for stage in program.stages)
+    if few:
+        raise_pointwise(module)
     least = 1 if few else 2  # a step that runs nothing but kernels is one call of C
     split = [] if few else split_biases(module)
     found, shared = list[tuple[Written, Evidence]](), dict[str, Evidence | str]()

@@ -192,3 +192,41 @@ def test_axes_of_size_one_move_for_nothing() -> None:
         program = run(LOWER, program.next(program.graph_module, "steps"))
         assert list(operations(program)) == [["layer_norm", "linear", "relu", "add"]]
         torch.testing.assert_close(program(x), model(x))
+
+
+def test_what_acts_on_every_element_acts_before_views_take_rows_apart() -> None:
+    class Convolved(nn.Module):
+        """A convolution of one token, whose axis of time is behind its channels."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.last = nn.Linear(24, 16), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = nn.functional.gelu(self.layer(x).unsqueeze(-1)).clamp(max=0.7)
+            return self.last(y.transpose(1, 2))
+
+    model, x = Convolved().eval(), torch.randn(3, 24)
+    program = lowered(model, x, "steps")
+    assert [op for ops in operations(program) for op in ops] == [
+        "linear", "gelu", "clamp", "linear"]
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), model(x))
+
+
+def test_a_variance_of_one_number_is_not_taken_of_a_row() -> None:
+    class Spread(nn.Module):
+        """A statistic over an axis of size 1, which is 0 whatever stands there."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(24, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.layer(x).unsqueeze(-1)
+            return torch.relu(y.var(-1, keepdim=True, correction=0) + y).squeeze(-1)
+
+    model, x = Spread().eval(), torch.randn(3, 24)
+    program = lowered(model, x, "steps")
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), model(x))
