@@ -19,8 +19,10 @@ from bincompile.passes.streaming.kinds import (
     BATCH,
     Atom,
     Axis,
+    Indexed,
     Kind,
     Kinds,
+    Pairwise,
     Refused,
     Still,
     parts_of,
@@ -179,6 +181,9 @@ def _check_outputs(facts: Facts) -> None:
         if not is_tensor(node):
             raise RefusedAt(node, Refused("is an output that is no tensor"))
         kind: Kind = facts.kind(node)
+        if isinstance(kind, Indexed | Pairwise):
+            raise RefusedAt(node, Refused("is an output that no token takes part in",
+                                          "the outputs of the model"))
         if getattr(kind, "placed", False):
             raise RefusedAt(node, Refused(
                 "is an output that depends on the place in the window, which moves",

@@ -180,6 +180,12 @@ class Facts:
                           f"{window}", "dynamic_shapes='auto', or an example of the window's size")
         return found
 
+    def check_full(self, indexed: bool) -> None:
+        """Raise where positions are counted in windows that are not full."""
+        if indexed and self.continual.partial_window:
+            raise Refused("counts positions in a window that is not full",
+                          "Continual(partial_window=False)")
+
     def first(self, kind: Windowed) -> int:
         """The first step whose window is full enough to be answered."""
         return 0 if self.continual.partial_window else (self.window or 1) - 1
@@ -235,9 +241,11 @@ def _joined(kinds: Sequence[Any], axes: Axes, facts: Facts) -> Any:
     if facts.semantics == "window" and indexed and together is not None and not windowed:
         if not facts.lifted:
             return dataclasses.replace(together, placed=True)
+        facts.check_full(indexed)
         return facts.lift(together)
     if not windowed:
         return together
+    facts.check_full(indexed)
     if together is not None:
         facts.lift(together)
     final = any(k.final for k in stepped) or any(k.final for k in windowed)
