@@ -315,7 +315,8 @@ class StepBuilder:
         if isinstance(like, Stepped) and like.delay > kind.delay:
             key = ("delayed", arg, like.delay)
             if key not in self.shared:
-                by = (like.delay - kind.delay) // kind.rate
+                # Between two ticks the next index is computed: what waits is one back already.
+                by = -((kind.delay - like.delay) // kind.rate)
                 self.shared[key] = self._shifted(node, kind, by)
             return self.shared[key]
         if extent > 1 and kind.time_axis is not None:

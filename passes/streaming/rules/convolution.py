@@ -112,7 +112,7 @@ def _kind(node: fx.Node, facts: Facts) -> Kind | None:
     shape = facts.shape(node)
     axes = (*kind.axes[:conv.first - 1], *(plain(s) if i != axis else kind.axes[i]
                                            for i, s in enumerate(shape) if i >= conv.first - 1))
-    if axis not in spatial:
+    if axis is None or axis not in spatial:
         found: Kind = settled(kind).with_axes(axes)
         return found
     result: Kind = moved(kind.with_axes(axes), conv.sweep(axis), axis, shape[axis], facts)

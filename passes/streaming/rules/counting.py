@@ -37,7 +37,7 @@ def _along_time(node: fx.Node, facts: Facts) -> int | None:
     kind, given = facts.kind(node.args[0]), arguments(node)
     if isinstance(kind, Still) or not kind.axes:
         return None
-    axis = given.get("dim", given.get("dimension"))
+    axis: int = given["dimension"] if "dimension" in given else given["dim"]
     if not isinstance(kind, Stepped | Windowed) or kind.time_axis != axis % len(kind.axes):
         return None
     return time_axis(kind.axes, "scans")
@@ -69,6 +69,12 @@ def _asked(node: fx.Node, arg: fx.Node, asked: str, facts: Facts) -> str:
     return ALL if isinstance(kind, Windowed) else asked
 
 
+def newest_of(node: fx.Node, made: fx.Node, kind: Windowed, build: StepBuilder) -> fx.Node:
+    """All positions of a window, or the newest where that is what is asked for."""
+    assert kind.time_axis is not None
+    return build.newest(made, kind.time_axis, kind.window, build.extent(node))
+
+
 def _scan(node: fx.Node, build: StepBuilder) -> Any:
     arg, several = node.args[0], isinstance(build.kind(node), tuple)
     kind = build.kind(node)[0] if several else build.kind(node)
@@ -76,7 +82,7 @@ def _scan(node: fx.Node, build: StepBuilder) -> Any:
         made = build.call(node.target, build.read(arg, kind, kind.window), *node.args[1:],
                           **node.kwargs)
         made = build.item(made, 0) if several else made
-        made = build.newest(made, kind.time_axis, kind.window, build.extent(node))
+        made = newest_of(node, made, kind, build)
         return (made,) if several else made
     token, dtype = build.token(arg), (value_of(node)[0] if several else value_of(node)).dtype
     if value_of(token).dtype != dtype:
@@ -108,7 +114,7 @@ def _difference(node: fx.Node, build: StepBuilder) -> fx.Node:
         whole = build.facts.lift(settled(build.kind(arg)))
         made = build.call(node.target, build.read(arg, whole, whole.window), *node.args[1:],
                           **node.kwargs)
-        return build.newest(made, kind.time_axis, kind.window, build.extent(node))
+        return newest_of(node, made, kind, build)
     both = window(arg, Sweep(2), build)
     first, second = (build.call(aten.select.int, both, 1, i) for i in (0, 1))
     boolean = value_of(both).dtype == torch.bool
@@ -133,7 +139,7 @@ def _unfold(node: fx.Node, build: StepBuilder) -> fx.Node:
     if isinstance(kind, Windowed):
         whole = build.facts.lift(settled(build.kind(arg)))
         made = build.call(node.target, build.read(arg, whole, whole.window), *node.args[1:])
-        return build.newest(made, kind.time_axis, kind.window, build.extent(node))
+        return newest_of(node, made, kind, build)
     read = window(arg, Sweep(given["size"], given["step"]), build, last=True)
     return build.restored(read, kind.axes)
 

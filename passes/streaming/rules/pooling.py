@@ -99,7 +99,8 @@ def _slides(node: fx.Node, facts: Facts) -> Kinds | None:
     shape = [facts.size(s) for s in (held[0] if isinstance(held, tuple | list) else held).shape]
     axes = tuple(plain(s) if i in spatial and i != axis else kind.axes[i]
                  for i, s in enumerate(shape))
-    if axis not in spatial:
+    found: Any
+    if axis is None or axis not in spatial:
         found = settled(kind).with_axes(axes)
     elif pool.divisor is not None and len(pool.size) > 1:
         raise Refused("divides by a number of its own while it pools time and features")
@@ -109,7 +110,8 @@ def _slides(node: fx.Node, facts: Facts) -> Kinds | None:
             raise Refused("pools a part of a window at its end (ceil_mode)", "ceil_mode=False")
         found = moved(read.with_axes(axes), pool.sweep(axis), axis, shape[axis], facts)
     if not isinstance(held, tuple | list):
-        return found  # type: ignore[no-any-return]
+        one: Kind = found
+        return one
     refuse_places(node)
     return found, Still(())
 
