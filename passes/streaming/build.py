@@ -77,7 +77,7 @@ class _Steps:
             semantics=semantics_of(facts),
             windows=tuple(facts.windows), receptive_field=_reach(moving, facts),
             rate=next((k.rate for k in moving if isinstance(k, Stepped)), 1), delay=delay,
-            first=max((_first(k, facts) for k in moving), default=0),
+            first=max((_first(k, facts, delay) for k in moving), default=0),
             limit=min(build.limits, default=None), statics=facts.inputs.statics,
             prepare=None if once is None else Program(once, _signature(once), "steps"),
             notes=tuple(facts.notes))
@@ -154,8 +154,13 @@ def _reach(kinds: list[Any], facts: Facts) -> int | None:
     return None if len(known) < len(reaches) else max(known, default=1)
 
 
-def _first(kind: Any, facts: Facts) -> int:
-    return facts.first(kind) if isinstance(kind, Windowed) else max(kind.first, kind.delay)
+def _first(kind: Any, facts: Facts, delay: int) -> int:
+    """The first step whose answer is valid, where outputs wait for that delay."""
+    if isinstance(kind, Windowed):
+        return facts.first(kind)
+    found: int = max(kind.first, kind.delay) + delay - kind.delay
+    whole = facts.continual.outputs == ALL and kind.time_axis is not None
+    return found + ((facts.window or 1) - 1) * kind.rate if whole else found
 
 
 def _kept(graph_module: fx.GraphModule, build: StepBuilder) -> tuple[Any, ...]:

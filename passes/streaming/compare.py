@@ -67,15 +67,21 @@ class Expected:
         return [*(v for v in self.timed if v is not None),
                 *(v for found in self.sampled.values() for v in found)]
 
-    def at(self, output: int, rows: list[int], clock: int) -> torch.Tensor | None:
-        """One flat output of these rows at one step; None if it is not compared there."""
+    def at(self, output: int, rows: list[int], clock: int, extent: int = 1,
+           ) -> torch.Tensor | None:
+        """One flat output of these rows at one step, for so many indices up to the newest.
+
+        None if it is not compared there.
+        """
         steps, timed = self.reference.steps, self.timed[output]
         if timed is None:
             found = self.sampled.get(clock)
             return None if found is None or (steps.answers[output] is not None \
                 and not found[output].shape[1]) else found[output][rows]
         index = (clock - steps.delay) // steps.rate
-        return timed[rows, index] if index < timed.shape[1] else None
+        if index >= timed.shape[1] or index - extent < -1:
+            return None
+        return timed[rows, index] if extent == 1 else timed[rows, index - extent + 1:index + 1]
 
 
 def _of_windows(reference: Reference, anew: Callable[[int], Reference] | None,
@@ -133,7 +139,8 @@ class Comparison:
             if not steps.valid(clock):
                 continue
             for output, value in enumerate(found):
-                wanted = self.expected.at(output, [row], clock)
+                extent = 1 if steps.answers[output] is None else value.shape[1]
+                wanted = self.expected.at(output, [row], clock, extent)
                 if wanted is not None:
                     compared = True
                     self._compare(output, clock, value[place:place + 1], wanted)
@@ -152,7 +159,7 @@ class Comparison:
         steps = self.expected.reference.steps
         if steps.answers[output] is not None:
             if self.expected.timed[output] is not None:
-                found = found.squeeze(1)
+                found = found.squeeze(1) if found.shape[1] == 1 else found
             elif found.shape[1] == 1:
                 wanted = wanted[:, -1:]
         gap = _gap(found, wanted, self.whole)
