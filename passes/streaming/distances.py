@@ -269,9 +269,10 @@ def added_by(node: fx.Node, sight: Sight, facts: Facts, absolute: bool = True) -
     Raises:
         Refused: it depends on more than the distance, or is not known for all that are seen.
     """
-    looked = _looked_at(node, facts)
-    if not absolute and of_keys(node, facts):
-        return _by_place(looked)
+    def rows(values: torch.Tensor) -> torch.Tensor:
+        return values if absolute else _from_own(values)
+
+    looked = [(length, rows(values)) for length, values in _looked_at(node, facts)]
     for length, values in looked:
         _check_distances(values, sight, length)
     shared = [_read(values, Sight(min(3, length - sight.ahead - 1), sight.ahead))
@@ -279,12 +280,17 @@ def added_by(node: fx.Node, sight: Sight, facts: Facts, absolute: bool = True) -
     if any(not _close(shared[0], other) for other in shared):
         raise Refused("adds to its scores what depends on the number of tokens",
                       "a bias by distance")
-    if sight.window is None:
-        return _endless(node, facts)
     heads = looked[0][1].shape[0]
-    if heads * sight.window**2 > MOST_NUMBERS:
-        return _endless(node, facts)
-    return Added(_read(pairs(node, facts, sight.window), sight))
+    if sight.window is None or heads * sight.window**2 > MOST_NUMBERS:
+        return _endless(rows(pairs(node, facts, FAR)))
+    return Added(_read(rows(pairs(node, facts, sight.window)), sight))
+
+
+def _from_own(values: torch.Tensor) -> torch.Tensor:
+    """What is added beyond that for the query's own token: softmax sees differences alone."""
+    own = values.diagonal(dim1=-2, dim2=-1)[..., None]
+    hidden = values <= DROPPED
+    return torch.where(hidden, -torch.inf, values - torch.where(own <= DROPPED, 0.0, own))
 
 
 def _check_distances(values: torch.Tensor, sight: Sight, length: int) -> None:
@@ -314,9 +320,9 @@ def _read(values: torch.Tensor, sight: Sight) -> torch.Tensor:
     return torch.where(row <= DROPPED, -torch.inf, row)
 
 
-def _endless(node: fx.Node, facts: Facts) -> Added:
+def _endless(values: torch.Tensor) -> Added:
     """A bias that grows by the same for each token, or stays the same from some distance on."""
-    table = _read(pairs(node, facts, FAR), Sight(FAR - 1))
+    table = _read(values, Sight(FAR - 1))
     steps = table[:, 1:] - table[:, :-1]
     if bool((steps - steps[:, :1]).abs().max() <= 1e-9 * (1 + steps.abs().max())):
         return Added(table[:, :1], -steps.mean(1))
@@ -329,18 +335,6 @@ def _endless(node: fx.Node, facts: Facts) -> Added:
     while length > 1 and bool((table[:, length - 2:length - 1] == last).all()):
         length -= 1
     return Added(table[:, :length])
-
-
-def _by_place(looked: list[tuple[int, torch.Tensor]]) -> Added:
-    """What grows with the place of a key: softmax sees the differences alone."""
-    _, values = looked[-1]
-    row = values[:, -1]
-    steps = row[:, 1:] - row[:, :-1]
-    even = (steps - steps[:, :1]).abs().max() <= 1e-9 * (1 + steps.abs().max())
-    if not bool(even):
-        raise Refused("adds to its scores what depends on the place of a key",
-                      "a bias by distance")
-    return Added(slopes=steps.mean(1))
 
 
 def last_row(node: fx.Node, facts: Facts, window: int) -> Added:

@@ -36,7 +36,7 @@ from bincompile.passes.mask_graph import ALIKE, MaskGraph
 from bincompile.passes.patterns import Context
 from bincompile.passes.sizes import Assignment, symbols
 
-LENGTHS = (5, 8, 13, 40)  # at which a value is looked at
+LENGTHS = (2, 3, 5, 8, 13, 40)  # at which a value is looked at, where it has so many entries
 AWAY = 2**40  # beyond every position that a stream reaches: about a million years of audio
 LOOK_UPS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default,
             aten.gather.default, aten.reshape.default, aten._to_copy.default, embedding.overload)
@@ -130,7 +130,7 @@ def _values(graph: MaskGraph, time: frozenset[sympy.Symbol],
             ) -> Iterator[tuple[int, dict[fx.Node, Any]]]:
     """Every value of a subgraph at several lengths, where the model allows them."""
     example = symbols(graph.sources)
-    for length in LENGTHS if time & set(example) else LENGTHS[:1]:
+    for length in LENGTHS if time & set(example) else LENGTHS[-1:]:
         env = graph.values({s: length if s in time else v for s, v in example.items()})
         if env is not None:
             yield length, env
