@@ -18,6 +18,7 @@ from bincompile.passes.fuse_numbers import raise_factors
 from bincompile.passes.fuse_ops import rules_of
 from bincompile.passes.fuse_proof import candidate_of, prove_region
 from bincompile.passes.fuse_regions import Region, regions_of
+from bincompile.passes.fuse_same import share
 from bincompile.passes.fuse_views import raise_pointwise
 from bincompile.passes.graph import Build, copy_module, finish, put_in_order
 from bincompile.passes.lower import fold, read_bytes
@@ -38,6 +39,7 @@ def fuse(program: Program) -> Program:
     raise_factors(module)
     few = any(stage.level == STEPS for stage in program.stages)
     if few:
+        share(module)
         raise_pointwise(module)
     least = 1 if few else 2  # a step that runs nothing but kernels is one call of C
     split = [] if few else split_biases(module)
@@ -54,7 +56,7 @@ def fuse(program: Program) -> Program:
         else:
             found.append((written, known))
     join_biases(split, {n for written, _ in found for n in written.region.steps})
-    if not found:
+    if not found and not few:
         return dataclasses.replace(program, refusals=tuple(refusals))
     rewrites, now = list(program.rewrites), dict[fx.Node, fx.Node]()
     for written, evidence in found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -230,3 +231,27 @@ def test_a_variance_of_one_number_is_not_taken_of_a_row() -> None:
     program = lowered(model, x, "steps")
     with torch.no_grad():
         torch.testing.assert_close(program(x), model(x))
+
+
+def test_equal_angles_are_computed_once() -> None:
+    class Angles(nn.Module):
+        """Two layers that hold the same numbers each; a third that holds others."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            for place, first in enumerate((0.0, 0.0, -0.0)):
+                self.register_buffer(f"rates_{place}", torch.tensor([first, 2.0, 3.0]))
+
+        def forward(self, x: torch.Tensor) -> Any:
+            one, two, three = (torch.copysign(x.double(), rates * x.double()) for rates in (
+                self.rates_0, self.rates_1, self.rates_2))
+            return torch.sin(one) + 1, torch.sin(two), torch.sin(two), torch.sin(three) + 1
+
+    model, x = Angles().eval(), torch.rand(3, 3) + 1
+    program = lowered(model, x, "steps")
+    targets = [n.target for n in program.graph.nodes]
+    # results have memory of their own, so that two of them are computed apart
+    assert targets.count(torch.ops.aten.sin.default) == 4
+    assert targets.count(torch.ops.aten.copysign.Tensor) == 2
+    with torch.no_grad():
+        assert all(map(torch.equal, program(x), model(x)))
