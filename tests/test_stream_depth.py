@@ -18,9 +18,9 @@ def steps_of(stream: bc.Stream, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("depth", "dtype"), [
-    (2, torch.float32), (2, torch.float64), *(
+    (2, torch.float32), *(
         pytest.param(depth, dtype, marks=pytest.mark.slow)
-        for depth in (1, 4, 8) for dtype in LIMITS)])
+        for depth in (1, 2, 4, 8) for dtype in LIMITS)])
 def test_causal_models_of_any_depth_equal_the_banded_sequence(
         depth: int, dtype: torch.dtype) -> None:
     model = Encoder(depth, norm_first=True).eval().to(dtype)

@@ -50,7 +50,6 @@ class Verdict:
         streams: what its steps equal, as `StepProgram.semantics` says it; None: it is refused.
         refused: words of the reason, in order of appearance, or of what to change.
         at: part of the source line, or of the module path, that the refusal names.
-        slow: whether it is left out of the default run.
     """
 
     name: str
@@ -60,7 +59,6 @@ class Verdict:
     streams: str | None = None
     refused: str = ""
     at: str = ""
-    slow: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -143,6 +141,8 @@ STREAMS = (
     Verdict("the last token", lambda: Fn(lambda m, x: m.head(m.encoder(x)[:, -1]),
                                          encoder=Encoder(), head=nn.Linear(E, 3)),
             tokens(), BANDED, CUT),
+    Verdict("the newest over the maximum so far", lambda: Fn(
+        lambda m, x: x / x.abs().amax(1, keepdim=True)), tokens(), OPEN, WHOLE),
 )
 
 REFUSED = (
@@ -167,8 +167,6 @@ REFUSED = (
     Verdict("windows that do not overlap", Swin, tokens(8), BANDED, refused="", at=""),
     Verdict("roll", lambda: Fn(lambda m, x: x - x.roll(1, 1)), tokens(), OPEN, refused="time",
             at="roll"),
-    Verdict("whole-sequence maximum", lambda: Fn(lambda m, x: x / x.abs().amax(1, keepdim=True)),
-            tokens(), OPEN, refused="time", at="amax"),
     Verdict("reflected padding", lambda: nn.Conv1d(E, E, 3, padding=1, padding_mode="reflect"),
             channels(), ALONG_2, refused="time"),
     Verdict("sorted tokens", lambda: Fn(lambda m, x: x.sort(1).values), tokens(), OPEN,
@@ -179,3 +177,8 @@ REFUSED = (
 )
 
 VERDICTS = (*STREAMS, *REFUSED)
+# Those of the default run: one of each class, and of each kind of refusal.
+FEW = ("causal encoder", "bidirectional, two layers", "symmetric convolution",
+       "LSTM of two layers", "batch norm", "the newest over the maximum so far",
+       "bidirectional, banded", "bidirectional LSTM", "group norm over time",
+       "Fourier transform of time", "softmax of time", "flip")

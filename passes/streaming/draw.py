@@ -13,6 +13,7 @@ from torch import fx
 from bincompile.ops import operator_of
 from bincompile.passes.graph import aten, value_of
 from bincompile.passes.sizes import concrete, symbols
+from bincompile.passes.streaming.kinds import expression
 from bincompile.program import Program
 from bincompile.steps import StepProgram, TimeInput
 
@@ -98,7 +99,8 @@ def batch_size(nodes: Sequence[fx.Node], inputs: Sequence[TimeInput]) -> Any:
         return None
     sizes = list(value_of(nodes[first.position]).shape)
     del sizes[first.time_axis]
-    return sizes[0]
+    fixed = expression(sizes[0])
+    return fixed if isinstance(fixed, int) else sizes[0]  # a size that torch fixed is a SymInt
 
 
 def _values(shape: Sequence[int], dtype: torch.dtype, node: fx.Node,

@@ -18,7 +18,7 @@ from bincompile.passes.streaming.analysis import Analysis
 from bincompile.passes.streaming.double import doubled, wide
 from bincompile.passes.streaming.draw import Sequences, batch_size, draw
 from bincompile.passes.streaming.free import position_references
-from bincompile.passes.streaming.kinds import BATCH, PLAIN, TIME, Axes
+from bincompile.passes.streaming.kinds import BATCH, PLAIN, TIME, Axes, expression
 from bincompile.passes.streaming.retime import retimed
 from bincompile.program import Program
 from bincompile.steps import StepProgram, TimeInput
@@ -65,7 +65,7 @@ class Reference:
         """
         nodes = program.graph.find_nodes(op="placeholder")
         first = steps.inputs[0]
-        length = value_of(nodes[first.position]).shape[first.time_axis]
+        length = expression(value_of(nodes[first.position]).shape[first.time_axis])
         size = batch_size(nodes, steps.inputs)
         batch = 0 if size is None else size if isinstance(size, int) else None
         fixed = isinstance(length, int)
