@@ -180,3 +180,52 @@ def test_action_model_has_the_shape_of_the_paper() -> None:
     again = action_stream.build()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(),
                                                  strict=True))
+
+
+# as streams
+
+
+@pytest.mark.slow
+def test_a_listener_of_every_other_frame_streams_exactly() -> None:
+    """A strided front: a decision every two steps, equal to the whole model's."""
+    torch.manual_seed(0)
+    model = audio_stream.AudioStream(width=16, heads=2, layers=1, window=8, stride=2).eval()
+    heard = audio_stream.frames(audio_stream.synthesise(0.5)[0])[None]
+    compiled = bc.optimize(model, (heard,), continual=bc.Continual())
+    stream = compiled.stream(1)
+    answers = [stream.step(frame) for frame in heard.unbind(1)]
+    assert [y is None for y in answers] == [t % 2 == 1 for t in range(50)]
+    found = torch.stack([y for y in answers if y is not None], 1)
+    torch.testing.assert_close(found, model(heard), atol=1e-5, rtol=0)
+    assert (stream.rate, stream.delay) == (2, 0)
+    assert compiled.steps is not None and compiled.steps.semantics == "banded(8)"
+    assert stream.receptive_field == 2 * (8 - 1) + 4 + 1
+
+
+@pytest.mark.slow
+def test_a_sound_is_listened_to_frame_by_frame(
+        listener: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    sound, _ = audio_stream.synthesise(1.5, seed=8)
+    samples = (sound.numpy() * 32767).clip(-32768, 32767).astype(np.int16)
+    write(tmp_path / "sound.wav", samples[:, None])
+    monkeypatch.setattr("sys.argv", ["audio_stream", str(tmp_path / "sound.wav")])
+    audio_stream.main()
+    whole = listener(audio_stream.frames(audio_stream.read(tmp_path / "sound.wav"))[None])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == audio_stream.spoken(whole[0].argmax(-1).tolist()) and len(lines) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_an_action_model_streams_as_its_window_does(blocks: int) -> None:
+    """On the first window and on each that begins where the positions do."""
+    model = action_stream.ActionStream(24, 16, 4, blocks, window=8).eval()
+    x = torch.randn(3, 8 + 2 * 15, 24)
+    stream = bc.optimize(model, (x[:, :8],), continual=bc.Continual(
+        8, positions="recycle")).stream(3)
+    answers = [stream.step(frame) for frame in x.unbind(1)]
+    assert all(y is None for y in answers[:7])
+    for start in (0, 15, 30):
+        wanted = model(x[:, start:start + 8])
+        torch.testing.assert_close(answers[start + 7], wanted, atol=1e-5, rtol=0)
