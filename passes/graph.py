@@ -16,7 +16,8 @@ from bincompile.program import attribute
 aten = torch.ops.aten
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Forms of operators whose own fake kernel would settle what a symbolic size is.
-SYMBOLIC = {aten.constant_pad_nd.default: torch._refs.constant_pad_nd}
+SYMBOLIC: Mapping[Any, Callable[..., Any]] = {
+    aten.constant_pad_nd.default: torch._refs.constant_pad_nd}
 SIZES = (aten.sym_size.int, aten.sym_numel.default)
 
 
