@@ -138,11 +138,11 @@ def _emit(node: fx.Node, build: StepBuilder) -> fx.Node:
     sweep = conv.sweep(axis)
     if isinstance(build.kind(node), Windowed):
         return _over_window(node, conv, build)
-    if len(value_of(arg).shape) - conv.first == 1 and len(kind.plain) < 2:
-        if conv.groups == 1:
+    if value_of(arg).ndim - conv.first == 1:
+        others = Kind(tuple(a for i, a in enumerate(kind.axes) if i not in (axis, conv.first - 1)))
+        if conv.groups == 1 and not others.plain:
             return _as_linear(node, conv, sweep, build)
-        if value_of(conv.weight).shape[:2] == (conv.groups, 1) and conv.weight.op == "get_attr" \
-                and value_of(arg).is_floating_point():
+        if len(kind.plain) < 2 and _is_depthwise(conv) and value_of(arg).is_floating_point():
             return _by_feature(node, conv, sweep, build)
     taken = window(arg, sweep, build)
     taken = taken if sweep.taps > 1 else build.call(aten.select.int, taken, 1, 0)
@@ -152,6 +152,12 @@ def _emit(node: fx.Node, build: StepBuilder) -> fx.Node:
         dilation=_set(conv.dilation, axis - conv.first, 1),
         padding=_set(conv.padding, axis - conv.first, (0, 0)))
     return _called(taken, whole, build)
+
+
+def _is_depthwise(conv: Convolution) -> bool:
+    """Whether each channel has stored weights of its own, and makes one channel."""
+    shape = value_of(conv.weight).shape
+    return conv.weight.op == "get_attr" and tuple(shape[:2]) == (conv.groups, 1)
 
 
 def _set(values: tuple[Any, ...], at: int, value: Any) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -51,9 +52,9 @@ def layers_of(node: fx.Node) -> list[Layer]:
     found = []
     for start in range(0, len(params), size):
         own = params[start:start + size]
-        biases = own[2:4] if biased else [None, None]
         rest = own[2 + biased:]
-        found.append(Layer(own[0], own[1], *biases, rest[0] if rest else None))
+        found.append(Layer(own[0], own[1], own[2] if biased else None, own[3] if biased else None,
+                           rest[0] if rest else None))
     return found
 
 
@@ -103,8 +104,8 @@ def _emit(node: fx.Node, build: StepBuilder) -> tuple[Any, ...]:
     kinds, arg = build.kind(node), node.args[0]
     kind, how = settled(build.kind(arg)), LAYERS[node.target]
     token, held = build.token(arg), list[tuple[fx.Node, ...]]()
-    if not kind.plain:
-        token = build.call(aten.unsqueeze.default, token, -1)
+    if len(kind.plain) != 1:
+        token = build.call(aten.reshape.default, token, [build.count, math.prod(kind.plain)])
     for place, layer in enumerate(layers_of(node)):
         held.append(_layer(token, layer, place, node, how, kind, build))
         token = held[-1][0]
