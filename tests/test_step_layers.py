@@ -124,6 +124,11 @@ CASES = [
     Case("time and frequency", of(front, lambda: nn.Sequential(
         nn.Conv2d(1, 3, 3, stride=2), nn.ReLU(), nn.Conv2d(3, 3, 3, stride=(1, 2), padding=1)),
         layer(nn.Linear, 6, 5)), (3, 17, 9), 1, rate=2, delay=4, reach=7),
+    Case("a residual with a stride on each side", of(
+        lambda x, a, b: a(x) + b(x), layer(nn.Conv1d, 4, 5, 3, 2, 1),
+        layer(nn.Conv1d, 4, 5, 1, 2)), (3, 4, 14), rate=2, delay=1, reach=3),
+    Case("merged channels", of(lambda x, c: c(x.flatten(1, 2)), layer(
+        nn.Conv1d, 6, 5, 3, padding=1)), (3, 2, 3, 12), 3, delay=1, reach=3),
     Case("the token before", of(lambda x: x - functional.pad(x, (0, 0, 1, -1))), (3, 14, 4), 1,
          reach=2),
     Case("maxima of neighbours", layer(nn.MaxPool1d, 3, 2, 1), (3, 4, 14), rate=2, delay=1,
