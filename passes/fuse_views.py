@@ -49,8 +49,7 @@ def _source(node: fx.Node) -> fx.Node | None:
             product(shape_of(source)), product(shape_of(source.args[0]))):
         source = source.args[0]
     rows = shape_of(source)
-    if source is node.args[0] or len(rows) < 2 or fixed(rows[-1]) is None \
-            or fixed(rows[-1]) <= (fixed(shape_of(node)[-1]) or 0) \
-            or value_of(source).dtype != torch.float32:
+    if source is node.args[0] or len(rows) < 2 or value_of(source).dtype != torch.float32:
         return None
-    return source
+    width = fixed(rows[-1])
+    return source if width is not None and width > (fixed(shape_of(node)[-1]) or 0) else None

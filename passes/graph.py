@@ -171,10 +171,17 @@ def depends(node: fx.Node, on: fx.Node) -> bool:
 
 
 def put_in_order(graph: fx.Graph) -> None:
-    """Move every node behind what it reads; else nodes stay in the order that they have."""
+    """Move every node behind what it reads; else nodes stay in the order that they have.
+
+    What reads or writes a value stays behind those that write it before.
+    """
     nodes = list(graph.nodes)
     order = {node: index for index, node in enumerate(nodes)}
-    missing = {node: len(node.all_input_nodes) for node in nodes}
+    behind = {node: {*node.users, *_later(node)} for node in nodes}
+    missing = dict.fromkeys(nodes, 0)
+    for node in nodes:
+        for user in behind[node]:
+            missing[user] += 1
     ready = [index for index, node in enumerate(nodes) if not missing[node]]
     last: fx.Node | None = None
     while ready:
@@ -182,10 +189,31 @@ def put_in_order(graph: fx.Graph) -> None:
         if last is not None:
             last.append(node)
         last = node
-        for user in node.users:
+        for user in behind[node]:
             missing[user] -= 1
             if not missing[user]:
                 heapq.heappush(ready, order[user])
+
+
+def _later(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes behind one in the graph that it must not change places with: either writes what
+    the other reads.
+    """
+    for source in node.all_input_nodes:
+        for user in source.users:
+            if user is not node and node < user and (
+                    writes(node, source) or writes(user, source)):
+                yield user
+
+
+def writes(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node writes to one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return False
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    return any(given.get(a.name) is source for a in schema.arguments
+               if a.alias_info is not None and a.alias_info.is_write)
 
 
 def is_sequence(node: fx.Node) -> bool:

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from bincompile.body import Body
 from bincompile.config import Target
 from bincompile.op import Sample
+from bincompile.ops import OPERATORS
 from bincompile.ops.fused_rows import fused_rows, packed_layer
 from bincompile.passes.capture import capture
+from bincompile.passes.graph import put_in_order
 from bincompile.passes.pipeline import EXACT, LOWER, run
 from bincompile.program import Program
 from bincompile.runtime import kernels_of
@@ -255,3 +257,17 @@ def test_equal_angles_are_computed_once() -> None:
     assert targets.count(torch.ops.aten.copysign.Tensor) == 2
     with torch.no_grad():
         assert all(map(torch.equal, program(x), model(x)))
+
+
+def test_what_writes_a_state_stays_in_its_place() -> None:
+    write, graph = OPERATORS["stream_window"].overload, fx.Graph()
+    token, ring, rows, clock = map(graph.placeholder, ("token", "ring", "rows", "clock"))
+    first = graph.call_function(write, (token, ring, rows, clock, 3))
+    second = graph.call_function(write, (token, ring, rows, clock, 3))
+    read = graph.call_function(torch.ops.aten.neg.default, (ring,))
+    graph.output((first, second, read))
+    with graph.inserting_before(graph.output_node()):
+        late = graph.call_function(torch.ops.aten.neg.default, (token,))
+    first.args = (late, *first.args[1:])
+    put_in_order(graph)
+    assert [n for n in graph.nodes if n.op == "call_function"] == [late, first, second, read]

@@ -104,6 +104,7 @@ def linear_phase(program: Program, phase: Phase, count: Any) -> None:
         with T.serial(0, count) as row:
             _start(program, phase, sums, row)
     whole, left = divmod(phase.width, PANEL)
+    assert phase.linear is not None
     panel = _panel if phase.linear.op == "product" else _panel_of_signs
     if whole:
         with getattr(T, program.panels if _splits(phase) else "serial")(0, whole) as place:

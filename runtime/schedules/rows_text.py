@@ -125,7 +125,7 @@ def _sums() -> str:
     """Sixteen vectors to the vector of their sums: halves are added, and two made one of."""
     text, names, half = "", [f"v{lane}" for lane in range(LANE)], LANE // 2
     while half:
-        folded = []
+        folded = list[str]()
         for left, right in zip(names[::2], names[1::2], strict=True):
             name = f"s{half}_{len(folded)}"
             folded.append(name)
