@@ -19,6 +19,9 @@ LEAST = 40  # steps, whatever they cost
 # A step reads a few of their rows.
 TABLES = (aten.embedding.default, OPERATORS["embedding"].overload,
           OPERATORS["binary_embedding"].overload)
+BOUNDS = (aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar, aten.sub.Tensor,
+          aten.add.Tensor, aten.triu.default, aten.tril.default)
+FARTHEST = 4096  # of such numbers
 SAMPLES = 24  # answers that are compared where each needs a run of its own
 
 
@@ -51,7 +54,7 @@ class Span:
             window: that of window semantics, else None.
             fixed: the number of tokens that the program can run on, where there is just one.
         """
-        wanted, weights = _wanted(steps), _weight_bytes(program)
+        wanted, weights = _wanted(steps, program), _weight_bytes(program)
         nodes = len(steps.program.at("steps").graph.nodes)
         most = _most(steps, program, fixed) if window is None else steps.limit
         rows, flops = 2, weights / 4 * 2
@@ -80,14 +83,20 @@ class Span:
         return f"{self.length:,} steps{part}"
 
 
-def _wanted(steps: StepProgram) -> int:
+def _wanted(steps: StepProgram, program: Program) -> int:
     windows = sum(window for _, window in steps.windows if window is not None)
-    reach = steps.receptive_field or 0
     grown = max((s.shape[s.grows] * s.block for s in steps.states if s.grows is not None),
                 default=0)
-    least = max(2 * windows, 2 * reach, grown) * steps.rate if steps.receptive_field is None \
-        else max(2 * windows, 2 * reach, grown)
-    return max(least + steps.first + steps.delay, LEAST // 2) + SPARE * steps.rate
+    hidden = 2 * _largest_bound(program) if any(w is None for _, w in steps.windows) else 0
+    ticks = max(2 * windows, grown, hidden) * steps.rate
+    least = max(ticks, 2 * (steps.receptive_field or 0), LEAST // 2)
+    return least + steps.first + steps.delay + SPARE * steps.rate
+
+
+def _largest_bound(program: Program) -> int:
+    """The largest number that a mask compares places with: a band that is not seen before it."""
+    return max((abs(arg) for node in program.graph.nodes if node.target in BOUNDS
+                for arg in node.args if isinstance(arg, int) and abs(arg) <= FARTHEST), default=0)
 
 
 def _most(steps: StepProgram, program: Program, fixed: int | None) -> int | None:
