@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import fx
 
-from bincompile.ops.attention import attention
 from bincompile.passes.graph import activations, aten, is_tensor, value_of
 from bincompile.passes.patterns import Context
+from bincompile.passes.streaming.attention_forms import ATTENTIONS
 from bincompile.passes.streaming.distances import Sight, moves_in_pairs, sight_of
 from bincompile.passes.streaming.facts import Facts, settled
 from bincompile.passes.streaming.kinds import (
@@ -38,7 +38,6 @@ MEMORY = "static memory"
 STREAM = "tokens of the stream"
 POOL = "one query over the stream"  # that does not move with time
 PARTS = ("query", "key", "value")
-ATTENTIONS = (attention.overload,)
 THIRD = ("attends for all tokens of the window to what another attention has mixed already: every "
          "layer between the first and the last would be computed anew at every step")
 
@@ -52,6 +51,8 @@ def attention_kind(node: fx.Node, bound: Bound, facts: Facts) -> tuple[Kind, Kin
     if any(n.target is operator.getitem and n.args[1] == 1 and n.users for n in node.users):
         raise Refused("returns its weights, whose number grows with every token",
                       "need_weights=False")
+    if bound.get("drop") is not None:
+        raise Refused("drops shares of its attention by a tensor", "the model in eval mode")
     case = case_of(bound, facts)
     axes = axes_of(node, bound, facts)
     out = {WITHIN: _apart, MEMORY: _apart, STREAM: _stream, POOL: _pool}[case](

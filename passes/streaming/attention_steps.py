@@ -10,20 +10,25 @@ from typing import Any
 import torch
 from torch import fx
 
-from bincompile.ops.attention import attention
 from bincompile.ops.stream_attention import BLOCK, slots_for, stream_attention
 from bincompile.ops.stream_filled import stream_filled
 from bincompile.ops.stream_window import stream_window
 from bincompile.passes.graph import aten, is_tensor, shape_of, value_of
 from bincompile.passes.streaming import attending, distances
 from bincompile.passes.streaming.attending import PARTS, Bound
+from bincompile.passes.streaming.attention_forms import (
+    FIRST_SLOTS,
+    attended,
+    is_binary,
+    needs_window,
+    ring_of_bits,
+)
 from bincompile.passes.streaming.builder import StepBuilder
 from bincompile.passes.streaming.distances import ADDED, Added, Sight
 from bincompile.passes.streaming.facts import settled
 from bincompile.passes.streaming.free import emit_windowed, over_window
 from bincompile.passes.streaming.kinds import BATCH, Kind, Pairwise, Refused, Stepped, Still
 
-FIRST_SLOTS = 64  # of a ring that grows
 SHORT = 5  # tokens that show whether a value is the same for all of them
 SLOW = ("gain", "low", "high", "mix_before", "mix_after", "mix_shift")  # what composition is for
 
@@ -43,11 +48,6 @@ def result_kind(node: fx.Node, build: StepBuilder) -> Any:
     return build.kind(node)[0]
 
 
-def _rest(bound: Bound, **changed: Any) -> dict[str, Any]:
-    """The arguments of an attention of one query or one window, from those of the model's."""
-    return {**bound, "need_weights": False, **changed}
-
-
 def _apart(node: fx.Node, bound: Bound, build: StepBuilder) -> fx.Node:
     """An attention that does not look at other tokens: as the model has it."""
     like, extent = result_kind(node, build), build.extent(node)
@@ -55,11 +55,13 @@ def _apart(node: fx.Node, bound: Bound, build: StepBuilder) -> fx.Node:
     scores = like.with_axes((*like.axes[:-1], keys))
 
     def part(name: str, arg: fx.Node) -> Any:
+        if name == "threshold":
+            return build.read(arg, build.kind(arg))
         own = like.with_axes(build.kind(arg).axes) if name in PARTS else scores
         return build.read(arg, own, extent)
 
     read = {name: part(name, arg) if is_tensor(arg) else arg for name, arg in bound.items()}
-    return build.item(build.call(attention.overload, **_rest(read)), 0)
+    return attended(build, read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +80,15 @@ class _Window:
         read: dict[str, Any] = dict(bound)
         for name in PARTS:
             read[name] = build.read(bound[name], like, extent if name == "query" else window)
-        for name in (*ADDED, "mask", "gain", "sink", "mix_before", "mix_after", "mix_shift"):
+        for name in (*ADDED, "mask", "gain", "sink", "mix_before", "mix_after", "mix_shift",
+                     "threshold"):
             if is_tensor(bound.get(name)):
                 read[name] = self._operand(bound[name], extent, window)
         if extent == 1:
             read["causal"] = False
         if build.facts.continual.partial_window:
             read["mask"] = self._seen(read["mask"], like, window)
-        return build.item(build.call(attention.overload, **_rest(read)), 0)
+        return attended(build, read)
 
     def _operand(self, arg: fx.Node, extent: int, window: int) -> fx.Node:
         """A mask or bias over the window: of its newest token where that is all that is asked."""
@@ -145,8 +148,13 @@ class _Newest:
         """The result with the axes of its kind."""
         build, like = self.build, result_kind(self.node, self.build)
         added = self._added()
-        fast = not self._slow(added)
-        found = self._ring(added) if fast else self._composed(added)
+        if self._slow(added):
+            found = self._composed(added)
+        elif is_binary(self.bound):
+            timing = {"rate": self.joint.rate, "delay": self.joint.delay}
+            found = ring_of_bits(build, self.bound, self._tokens(), self.sight.window, timing)
+        else:
+            found = self._ring(added)
         plain = like.plain if self.queries == 1 else (*like.plain,)
         found = build.call(aten.reshape.default, found, [build.count, *plain]) \
             if plain != tuple(shape_of(found)[1:]) else found
@@ -221,7 +229,8 @@ class _Newest:
     def _slow(self, added: Mapping[str, Added]) -> bool:
         """Whether this needs the general form, which copies the window."""
         facts, bound = self.build.facts, self.bound
-        if any(bound.get(name) is not None for name in SLOW) or self.sight.strict:
+        if any(bound.get(name) is not None for name in SLOW) or self.sight.strict \
+                or needs_window(bound, added):
             return True
         if facts.semantics == "window" and self._row_mask() is not None:
             return True
@@ -262,13 +271,20 @@ class _Newest:
             raise Refused(f"adds to its scores what is known of {given} heads of {heads}")
         return values.repeat(heads // given, *(1,) * (values.ndim - 1))
 
+    def _tokens(self) -> list[fx.Node]:
+        """Query, key and value (M, heads, features), keys and values of as many heads."""
+        query, key, value = (self._heads(n, self.sight.ahead if n == "query" else 0)
+                             for n in PARTS)
+        return [query, *self._alike(key, value)]
+
     def _ring(self, added: Mapping[str, Added]) -> fx.Node:
         """(M, heads, features) by the operator for it."""
         build, bound, joint = self.build, self.bound, self.joint
-        query, key, value = (self._heads(n, self.sight.ahead if n == "query" else 0)
-                             for n in PARTS)
-        key, value = self._alike(key, value)
+        query, key, value = self._tokens()
         window, dtype = self.sight.window, self._dtype
+        if is_binary(bound):
+            return ring_of_bits(build, bound, [query, key, value], window,
+                                {"rate": joint.rate, "delay": joint.delay})
         slots = FIRST_SLOTS if window is None else slots_for(window)
         groups, features, width = *shape_of(key)[1:], shape_of(value)[-1]
         grows = 1 if window is None else None
@@ -308,19 +324,18 @@ class _Newest:
         if window is None:
             raise Refused("needs a window: its facets are not those of a ring that grows",
                           "Continual(window=)")
-        query, key, value = (self._heads(n, self.sight.ahead if n == "query" else 0)
-                             for n in PARTS)
+        query, *held = self._tokens()
         key, value = (self._over(n, t, window)
-                      for n, t in zip(("keys", "values"), self._alike(key, value), strict=True))
+                      for n, t in zip(("keys", "values"), held, strict=True))
         heads = shape_of(query)[1]
         query = build.call(aten.unsqueeze.default, query, 2)
         rows: dict[str, Any] = dict(bound)
-        for name in (*ADDED, "gain", "sink", "mix_before", "mix_after", "mix_shift"):
+        for name in (*ADDED, "gain", "sink", "mix_before", "mix_after", "mix_shift", "threshold"):
             if is_tensor(bound.get(name)):
                 rows[name] = self._row(name, added, heads, window)
         rows.update(query=query, key=key, value=value, causal=False, mask=self._mask(window, added),
                     fill=self._fill(), groups=heads // shape_of(key)[1])
-        found = build.item(build.call(attention.overload, **_rest(rows)), 0)
+        found = attended(build, rows)
         return build.call(aten.squeeze.dim, found, 2)
 
     def _over(self, name: str, token: fx.Node, window: int) -> fx.Node:

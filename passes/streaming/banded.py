@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bincompile.ops.attention import attention
+from bincompile.passes.streaming.attention_forms import computed, hidden_too
 from bincompile.passes.streaming.distances import Sight
 
 BLOCK = 256  # queries at once: no matrix of all tokens by all tokens is made
@@ -23,6 +23,7 @@ def banded(bound: Mapping[str, Any], sight: Sight) -> tuple[torch.Tensor, torch.
         sight: the band.
 
     Example:
+        >>> from bincompile.ops.attention import attention
         >>> q = torch.randn(1, 5, 4)
         >>> given = attention.bind((q, q, q, None, None, 0.5), {"causal": True})
         >>> torch.equal(banded(given, Sight(0))[0], q)
@@ -40,11 +41,7 @@ def banded(bound: Mapping[str, Any], sight: Sight) -> tuple[torch.Tensor, torch.
             seen = seen & (distance <= sight.before)
         given = {name: _cut(name, value, (start, stop), (first, last), tokens)
                  for name, value in bound.items()}
-        hidden = torch.where(seen, 0.0, -torch.inf).to(query.dtype)
-        late = given.get("late_bias")
-        given.update(late_bias=hidden if late is None else late + hidden, causal=False,
-                     need_weights=False)
-        parts.append(attention.reference(**given)[0])
+        parts.append(computed(hidden_too(given, seen))[0])
     return torch.cat(parts, -2), query.new_empty(0)
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import fx
 
-from bincompile.ops.attention import attention
 from bincompile.passes.streaming import attending
 from bincompile.passes.streaming.attending import Bound
+from bincompile.passes.streaming.attention_forms import ATTENTIONS, bound_to, computed
 from bincompile.passes.streaming.attention_steps import emit_attention
 from bincompile.passes.streaming.banded import banded
 from bincompile.passes.streaming.builder import StepBuilder
@@ -22,7 +22,7 @@ from bincompile.passes.streaming.rule import ALL, Rule
 
 def bound_of(node: fx.Node) -> Bound:
     """The arguments of an attention, by name."""
-    return attention.bind(node.args, dict(node.kwargs))
+    return bound_to(node.target, node.args, node.kwargs)
 
 
 def kind(node: fx.Node, facts: Facts) -> tuple[Kind, Kind]:
@@ -51,16 +51,16 @@ def demand(node: fx.Node, arg: fx.Node, asked: str, facts: Facts) -> str:
 def reference(node: fx.Node, facts: Facts, args: tuple[Any, ...],
               kwargs: Mapping[str, Any]) -> Any:
     """The attention over a whole sequence, within its band."""
-    given = attention.bind(args, dict(kwargs))
+    given = bound_to(node.target, args, kwargs)
     bound = bound_of(node)
     case = attending.case_of(bound, facts)
     if facts.semantics == "window" or case in (attending.WITHIN, attending.MEMORY):
-        return attention.reference(**given)
+        return computed(given)
     if case == attending.POOL:
         last = slice(None) if facts.window is None else slice(-facts.window, None)
         given.update(key=given["key"][..., last, :], value=given["value"][..., last, :])
-        return attention.reference(**given)
+        return computed(given)
     return banded(given, sight_of(bound, facts))
 
 
-rule = Rule((attention.overload,), kind, emit, demand, reference)
+rule = Rule(ATTENTIONS, kind, emit, demand, reference)
