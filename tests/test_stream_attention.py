@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import bincompile as bc
 from bincompile.config import Target
 from bincompile.errors import InputError
 from bincompile.op import Sample
@@ -179,3 +180,30 @@ def test_a_ring_that_grows_gives_the_same(generator: torch.Generator) -> None:
                                         2),
              "values": torch.cat([small["values"], torch.full_like(small["values"], math.inf)], 2)}
     assert torch.equal(run(small), run(large))
+
+
+class Causal(torch.nn.Module):
+    """One causal attention and a layer behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(32, 2, batch_first=True)
+        self.after = torch.nn.Linear(32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        return self.after(self.attention(x, x, x, attn_mask=mask, need_weights=False)[0])
+
+
+@pytest.mark.parametrize(("values", "operator"), [
+    ("float", "stream_binary_attention"), ("binary", "binary_attention")])
+def test_a_model_with_keys_of_one_bit_steps(values: str, operator: str) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(2, 20, 32)
+    compiled = bc.optimize(Causal().eval(), (x,), continual=8, guard=None,
+                           binary=bc.Binary("w1a32", attention="binary", values=values))
+    names = [str(node.target) for node in compiled.steps.program.graph.nodes]
+    assert f"bincompile.{operator}.default" in names
+    stream = compiled.stream(2)
+    found = torch.stack([stream.step(x[:, t]) for t in range(8)], 1)
+    torch.testing.assert_close(found, compiled(x[:, :8]), rtol=1e-5, atol=1e-5)
