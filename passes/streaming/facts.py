@@ -258,10 +258,6 @@ def _stepped(kinds: Sequence[Stepped], axes: Axes) -> Stepped:
         rates = " and ".join(sorted({f"every {k.rate} steps" for k in kinds}))
         raise Refused(f"joins values of different rates: {rates}")
     delay = max(k.delay for k in kinds)
-    for kind in kinds:
-        if (delay - kind.delay) % kind.rate:
-            raise Refused(f"joins values of delays {kind.delay} and {delay} at rate {kind.rate}, "
-                          "which never come at the same step")
     reach: int | None = 0
     for kind in kinds:
         reach = None if reach is None or kind.reach is None else max(
