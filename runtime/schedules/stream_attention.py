@@ -96,9 +96,9 @@ def _arguments(T: Any, name: str, facets: Facets) -> Tensors:
 
     return Tensors(
         (m, n, groups, tiles),
-        *(argument(label, (m, heads if label == "query" else groups, size), strided=True)
-          for label, size in (("query", facets.features), ("key", facets.features),
-                              ("value", facets.width))),
+        argument("query", (m, heads, facets.features), strided=True),
+        argument("key", (m, groups, facets.features), strided=True),
+        argument("value", (m, groups, facets.width), strided=True),
         argument("keys", (n, groups, tiles, facets.features, LANE)),
         argument("values", (n, groups, tiles * LANE, facets.width)),
         argument("rows", (m,), "int64"), argument("clock", (n,), "int64"),
@@ -107,6 +107,6 @@ def _arguments(T: Any, name: str, facets: Facets) -> Tensors:
         optional(facets.extras, "extra_values", groups, extras, facets.width),
         optional(facets.bias, "bias", heads if facets.bias == "heads" else 1, length),
         optional(facets.slopes, "slopes", heads),
-        T.arg("scale", T.float32()), T.arg("softcap", T.float32()),
-        *(T.arg(label, T.int64()) for label in ("window", "rate", "delay")),
+        T.arg("scale", T.float32()), T.arg("softcap", T.float32()), T.arg("window", T.int64()),
+        T.arg("rate", T.int64()), T.arg("delay", T.int64()),
         argument("out", (m, heads, facets.width)))

@@ -125,16 +125,16 @@ def _arguments(T: Any, name: str, facets: Facets) -> Tensors:
 
     return Tensors(
         (m, n, heads, tiles),
-        *(argument(label, (m, heads, size), strided=True)
-          for label, size in (("query", facets.features), ("key", facets.features),
-                              ("value", facets.width))),
+        argument("query", (m, heads, facets.features), strided=True),
+        argument("key", (m, heads, facets.features), strided=True),
+        argument("value", (m, heads, facets.width), strided=True),
         argument("key_bits", (n, heads, tiles, facets.words, LANE), "int32"),
         argument("key_scales", (n, heads, tiles, LANE)),
         argument("held", (n, heads, tiles * LANE, facets.width)),
         argument("rows", (m,), "int64"), argument("clock", (n,), "int64"),
         argument("threshold", (heads,)) if facets.probabilities == "binary" else None,
-        T.arg("scale", T.float32()),
-        *(T.arg(label, T.int64()) for label in ("window", "rate", "delay")),
+        T.arg("scale", T.float32()), T.arg("window", T.int64()), T.arg("rate", T.int64()),
+        T.arg("delay", T.int64()),
         argument("out", (m, heads, facets.width)))
 
 
