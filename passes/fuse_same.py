@@ -8,13 +8,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from bincompile.passes.fuse_ops import step_of
 from bincompile.program import attribute
 
 SMALL = 1 << 14  # bytes of stored tensors that are compared
 
 
 def share(module: fx.GraphModule) -> None:
-    """Let equal small stored tensors, and equal calls of torch's operators, be one node."""
+    """Let equal small stored tensors, and equal calls of torch's operators, be one node.
+
+    What row programs and operators of ours read stays apart: kernels lay out each in its own way.
+    """
     known: dict[Hashable, fx.Node] = {}
     for node in list(module.graph.nodes):
         key = _stored(module, node) if node.op == "get_attr" else _called(node)
@@ -29,18 +33,23 @@ def share(module: fx.GraphModule) -> None:
 def _stored(module: fx.GraphModule, node: fx.Node) -> Hashable | None:
     value = attribute(module, node.target)
     if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter) \
-            or value.nbytes > SMALL or value.layout is not torch.strided:
+            or value.nbytes > SMALL or value.layout is not torch.strided \
+            or not all(_is_aten(user) and step_of(user) is None for user in node.users):
         return None
     flat = value.detach().cpu().contiguous().view(-1)
     return "stored", value.dtype, tuple(value.shape), value.stride(), str(value.device), \
         bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
 
 
+def _is_aten(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload) \
+        and node.target.namespace == "aten"
+
+
 def _called(node: fx.Node) -> Hashable | None:
     """What tells a call from others; None where two of them are not to be one."""
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) \
-            or target.namespace != "aten" or target._schema.is_mutable \
+    if not _is_aten(node) or target._schema.is_mutable \
             or torch.Tag.nondeterministic_seeded in target.tags \
             or any(user.op == "output" for user in node.users):  # has memory of its own
         return None

@@ -271,3 +271,22 @@ def test_what_writes_a_state_stays_in_its_place() -> None:
     first.args = (late, *first.args[1:])
     put_in_order(graph)
     assert [n for n in graph.nodes if n.op == "call_function"] == [late, first, second, read]
+
+
+def test_equal_numbers_that_kernels_lay_out_otherwise_stay_apart() -> None:
+    class Zeros(nn.Module):
+        """A linear and a norm whose biases are equal."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in (("bias", 0.0), ("shift", 0.0), ("gain", 1.0)):
+                self.register_buffer(name, torch.full((24,), value))
+            self.register_buffer("weight", torch.randn(24, 24))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = nn.functional.linear(x, self.weight, self.bias)
+            return nn.functional.layer_norm(y, (24,), self.gain, self.shift)
+
+    program = lowered(Zeros(), torch.randn(3, 24), "steps")
+    stored = [n.target for n in program.graph.nodes if n.op == "get_attr"]
+    assert len(stored) == 4 and list(operations(program)) == [["linear", "layer_norm"]]
