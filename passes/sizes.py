@@ -53,6 +53,7 @@ def lengths(nodes: Iterable[fx.Node], tokens: tuple[Any, ...],
 
     An axis may have fewer tokens than a symbol says, as behind a strided convolution; where none
     has exactly so many, it has a few more.
+
     Token axes that differed in the example differ, in this order and in the other one; then come
     the example's own numbers.
     """
@@ -68,8 +69,10 @@ def lengths(nodes: Iterable[fx.Node], tokens: tuple[Any, ...],
                 return {s: first + 3 * steps.index(v) if v in order else 1 + (length < 100)
                         for s, v in example.items()}
 
-            found.append(numbers(least(
-                length, lambda n, at=numbers: min(concrete(t, at(n)) for t in open_ended))))
+            def tokens_at(n: int, at: Any = numbers) -> int:
+                return min(concrete(t, at(n)) for t in open_ended)
+
+            found.append(numbers(least(length, tokens_at)))
     return [*found, example]
 
 

@@ -13,7 +13,8 @@ from torch import fx
 from bincompile.passes.graph import aten, shape_of, value_of
 from bincompile.passes.sizes import symbols
 from bincompile.passes.streaming import placing
-from bincompile.passes.streaming.free_graph import Counter, Free, at_sizes, free_of, written
+from bincompile.passes.streaming.free_graph import at_sizes, free_of
+from bincompile.passes.streaming.free_writer import Counter, Free, written
 from bincompile.passes.streaming.kinds import (
     BATCH,
     TIME,
