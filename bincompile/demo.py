@@ -52,13 +52,14 @@ def listen() -> dict[str, Any]:
     compiled = optimize(model, (heard,), continual=Continual())
     stream = compiled.stream(1)
     found = torch.stack([stream.step(frame) for frame in heard.unbind(1)], 1)
-    wanted, field = model(heard), stream.receptive_field
+    wanted, field, steps = model(heard), stream.receptive_field, compiled.steps
+    assert field is not None and steps is not None
     window, frame = heard[:, -field:].contiguous(), heard[:, -1].contiguous()
     times = medians({WINDOW: lambda: model(window), STREAM: lambda: stream.step(frame)})
     counts = {WINDOW: operations.of_call(lambda: model(window)),
-              STREAM: operations.of_step(compiled.steps)}
+              STREAM: operations.of_step(steps)}
     decisions = found.argmax(-1)
-    return {"semantics": compiled.steps.semantics, "frames": heard.shape[1],
+    return {"semantics": steps.semantics, "frames": heard.shape[1],
             "same_decisions": int((decisions == wanted.argmax(-1)).sum()),
             "error": ((found - wanted).abs().max() / wanted.abs().max()).item(),
             "accuracy": (decisions[0] == labels).double().mean().item(),

@@ -47,16 +47,17 @@ class Attention(nn.Module):
         self.heads, self.window = heads, window
         self.project, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         half = width // heads // 2
+        self.frequencies: torch.Tensor
         self.register_buffer("frequencies", 1e4 ** -(torch.arange(half) / half), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         places = torch.arange(x.shape[1], device=x.device)
         angles = places[:, None] * self.frequencies
         query, key, value = self.project(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        heads = (_turned(part.transpose(1, 2), angles) for part in (query, key))
+        query, key = (_turned(part.transpose(1, 2), angles) for part in (query, key))
         distance = places[:, None] - places
         seen = (distance >= 0) & (distance < self.window)
-        mixed = F.scaled_dot_product_attention(*heads, value.transpose(1, 2), attn_mask=seen)
+        mixed = F.scaled_dot_product_attention(query, key, value.transpose(1, 2), attn_mask=seen)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -139,8 +140,8 @@ def frames(sound: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _bands() -> torch.Tensor:
     """(257, 40): triangles between points that are evenly spaced on the mel scale."""
-    ends = (1127 * math.log1p(hertz / 700) for hertz in (LOWEST, HIGHEST))
-    centres = 700 * torch.expm1(torch.linspace(*ends, BANDS + 2) / 1127)
+    low, high = (1127 * math.log1p(hertz / 700) for hertz in (LOWEST, HIGHEST))
+    centres = 700 * torch.expm1(torch.linspace(low, high, BANDS + 2) / 1127)
     hertz = torch.linspace(0, RATE / 2, POINTS // 2 + 1)[:, None]
     rise = (hertz - centres[:-2]) / (centres[1:-1] - centres[:-2])
     fall = (centres[2:] - hertz) / (centres[2:] - centres[1:-1])

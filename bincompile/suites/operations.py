@@ -37,8 +37,9 @@ def of_call(call: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def of_step(steps: StepProgram, clock: int = 0) -> int:
+def of_step(steps: StepProgram | None, clock: int = 0) -> int:
     """The operations of one step of one row; rings count as if they were full."""
+    assert steps is not None, "compiled without continual="
     graph = steps.program.at("steps").graph_module
     tokens = [_token(known.token, known.time_axis, known.batched, known.dtype)
               for known in steps.inputs]

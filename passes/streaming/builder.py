@@ -182,8 +182,9 @@ class StepBuilder:
     @property
     def is_fixed(self) -> bool:
         """Whether an operator that was called settled what was to be any number of rows."""
+        counts: tuple[Any, ...] = (self.row_count, self.stream_count)
         return any(isinstance(s, torch.SymInt) and isinstance(expression(s), int)
-                   for s in (self.row_count, self.stream_count))
+                   for s in counts)
 
     def limit(self, steps: int) -> None:
         """Note that a row can take no more steps than this."""

@@ -169,10 +169,11 @@ def _emit_einsum(node: fx.Node, build: StepBuilder) -> fx.Node:
     for part, tensor in zip(inputs, node.args[1], strict=True):
         own = build.kind(tensor)
         if isinstance(own, Indexed):
-            if build.extent(node) > 1 or (batch or " ") in part or len(kind.axes[kind.batch_axis or 0]) > 1:
+            merged = kind.batch_axis is not None and len(kind.axes[kind.batch_axis]) > 1
+            if build.extent(node) > 1 or time is None or merged or (batch or " ") in part:
                 raise Refused("multiplies matrices of positions")
             operands.append(placing.by_index(build, tensor, kind))
-            part = part if batch is None else part.replace(time or "", batch)
+            part = part if batch is None else part.replace(time, batch)
         else:
             operands.append(operand(build, tensor, node))
         parts.append(part)
