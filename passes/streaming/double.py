@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from bincompile.op import Operator
 from bincompile.ops import operator_of
 from bincompile.passes.graph import CHECKED, FLOATS, in_double, value_of
 from bincompile.program import attribute
@@ -15,6 +16,7 @@ from bincompile.program import attribute
 Function = Callable[..., Any]
 # An operator's float64 form, given its arguments by place and by name.
 References = Mapping[str, Function]
+NEARLY_ZERO = 1e-12  # of the largest value of its row
 
 
 def wide(value: Any) -> Any:
@@ -43,21 +45,47 @@ def doubled(graph_module: fx.GraphModule, references: References | None = None,
             tensor = attribute(graph_module, node.target)
             stored[node.target] = wide(tensor) if double else tensor
         elif node.op == "call_function":
-            copy.target = _target(node, (references or {}).get(node.name))
+            copy.target = _target(node, (references or {}).get(node.name), double)
             copies[node] = _widened(copy, node, copies) if double else copy
     made = fx.GraphModule(stored, graph)
     made.requires_grad_(False)
     return made
 
 
-def _target(node: fx.Node, reference: Function | None) -> Any:
+def _target(node: fx.Node, reference: Function | None, double: bool) -> Any:
     """What is called in place of a node's own target."""
     operator = operator_of(node.target)
-    if reference is not None:
-        return _named(reference, node.name)
-    if operator is not None:
-        return _named(operator.reference, operator.name)
-    return CHECKED.get(node.target, node.target)
+    if operator is None:
+        return CHECKED.get(node.target, node.target) if reference is None \
+            else _named(reference, node.name)
+    function = operator.reference if reference is None else reference
+    if double and operator.signs_of is not None:
+        function = _with_sure_signs(operator, function)
+    return _named(function, operator.name if reference is None else node.name)
+
+
+def _with_sure_signs(operator: Operator, function: Function) -> Function:
+    """The function, for which what rounding alone keeps from 0 is 0.
+
+    Sums that are 0 in one order are 1e-18 in another, and the sign of that is no difference.
+    """
+    signs_of = operator.signs_of
+    assert signs_of is not None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        taken = {id(tensor) for tensor in signs_of(operator.bind(args, kwargs))}
+        return function(*(_sure(a) if id(a) in taken else a for a in args),
+                        **{k: _sure(a) if id(a) in taken else a for k, a in kwargs.items()})
+
+    return call
+
+
+def _sure(tensor: torch.Tensor) -> torch.Tensor:
+    """0 where a value is nearly that beside the others of its row."""
+    if not tensor.is_floating_point() or not tensor.numel() or not tensor.ndim:
+        return tensor
+    scale = tensor.abs().amax(-1, keepdim=True)
+    return tensor.masked_fill(tensor.abs() <= NEARLY_ZERO * scale, 0.0)
 
 
 def _widened(copy: fx.Node, node: fx.Node, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
