@@ -125,19 +125,20 @@ class _Proof:
         A sign of nearly 0 may fall either way, after which streams differ for good.
         """
         lowered, chosen = self.steps.program, self.span.sampled(CHECKED)
-        taken = 0
+        taken, errors = 0, [0.0]
 
         def function(*flat: Any) -> Sequence[Any]:
             nonlocal taken
             taken += 1
-            return check_kernels(lowered, executable, flat) if taken in chosen \
-                else executable(*flat)
+            return check_kernels(lowered, executable, flat, errors=errors) \
+                if taken in chosen else executable(*flat)
 
         stepper.function = function
         for _ in walk(stepper, self.sequences, self.span.length):
             pass
-        return Evidence(len(chosen), SEED, _dtype(self.program), 0.0, _limit(self.program),
-                        _since(start))
+        allowed = [call.operator.tolerance.rtol for call in executable.calls.values()]
+        return Evidence(len(chosen), SEED, _dtype(self.program), max(errors),
+                        max(_limit(self.program), *allowed), _since(start))
 
     def check(self, seen: Comparison, limit: float, what: str) -> None:
         """Raise unless what was seen is within a limit, and was not nothing."""
