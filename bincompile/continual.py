@@ -38,9 +38,11 @@ def stream_form(program: Program, continual: Continual, target: Target) -> Strea
     """
     steps = to_steps(program, continual)
     form = StreamForm.bound(lowered(steps), program.signature, target, fingerprint_of(steps))
-    evidence = prove(form.steps, program, continual, form.executable)
+    notes = list(form.steps.notes)
+    evidence = prove(form.steps, program, continual, form.executable, notes)
     log.info("streams: %s, %s", steps.semantics, evidence)
-    return dataclasses.replace(form, steps=dataclasses.replace(form.steps, evidence=evidence))
+    return dataclasses.replace(form, steps=dataclasses.replace(
+        form.steps, evidence=evidence, notes=tuple(notes)))
 
 
 def verdict(program: Program, continual: Continual) -> tuple[StepProgram | None, list[Refusal]]:

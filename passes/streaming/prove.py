@@ -41,7 +41,8 @@ REPORT = "report the model; compile it without continual= meanwhile"
 
 
 def prove(steps: StepProgram, program: Program, continual: Continual,
-          executable: Executable | None = None) -> tuple[Evidence, ...]:
+          executable: Executable | None = None,
+          notes: list[str] | None = None) -> tuple[Evidence, ...]:
     """Evidence that the steps equal what `steps.semantics` names.
 
     Args:
@@ -49,6 +50,7 @@ def prove(steps: StepProgram, program: Program, continual: Continual,
         program: the whole-sequence program that it was made from.
         continual: what was asked for.
         executable: of `steps.program`, whose kernels are then stepped as well.
+        notes: a list for what a reader should know, as that there was no time for all steps.
 
     Returns:
         Of the graph in float64, then of the kernels; `trials` are steps.
@@ -58,6 +60,8 @@ def prove(steps: StepProgram, program: Program, continual: Continual,
     """
     proof = _Proof.of(steps, program, continual)
     found = [proof.exact()]
+    if notes is not None and proof.span.shortfall:
+        notes.append(proof.span.shortfall)
     if executable is not None:
         found.append(proof.rounded(executable))
     return tuple(found)
@@ -143,7 +147,7 @@ class _Proof:
     def check(self, seen: Comparison, limit: float, what: str) -> None:
         """Raise unless what was seen is within a limit, and was not nothing."""
         if not seen.steps:
-            raise ProofError(f"none of {self.span} gives an answer that can be compared",
+            raise ProofError(f"none of {self.span.length} steps has an answer to compare",
                              "at least one", "a model or window with fewer tokens")
         if not seen.error <= limit:
             output, step = seen.where or (0, 0)

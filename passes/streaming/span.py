@@ -11,11 +11,11 @@ from bincompile.program import Program
 from bincompile.steps import StepProgram
 
 SPARE = 8  # steps behind the last wrap
-SECONDS = {"float64": 6.0, "kernels": 10.0, "reference": 6.0}  # estimated, of each part
+SECONDS = {"float64": 20.0, "kernels": 40.0, "reference": 20.0}  # estimated, of each part
 NODE_SECONDS = 2e-5
 BYTES_PER_SECOND = 4e9  # of weights that a step reads
 FLOPS_PER_SECOND = 1e10
-LEAST = 40  # steps, whatever they cost
+LEAST = 40  # steps, whatever they cost, beside those in which every ring wraps
 # A step reads a few of their rows.
 TABLES = (aten.embedding.default, OPERATORS["embedding"].overload,
           OPERATORS["binary_embedding"].overload)
@@ -61,7 +61,8 @@ class Span:
         each = {"float64": nodes * NODE_SECONDS + 2 * weights / BYTES_PER_SECOND,
                 "kernels": nodes * NODE_SECONDS / 2 + weights / BYTES_PER_SECOND,
                 "reference": 1e-6 + rows * flops / FLOPS_PER_SECOND}
-        allowed = {part: max(LEAST, int(SECONDS[part] / cost)) for part, cost in each.items()}
+        least = _every_wrap(steps)
+        allowed = {part: max(least, int(SECONDS[part] / cost)) for part, cost in each.items()}
         length = min(wanted, allowed["kernels"],
                      wanted if window is not None else allowed["reference"])
         length = length if most is None else min(length, most)
@@ -78,9 +79,13 @@ class Span:
         chosen = dict.fromkeys(s for s in (*near, *even) if 0 <= s < self.length)
         return sorted(list(chosen)[:count])
 
-    def __str__(self) -> str:
-        part = "" if self.length >= self.wanted else f" of the {self.wanted:,} that wrap all twice"
-        return f"{self.length:,} steps{part}"
+    @property
+    def shortfall(self) -> str:
+        """What a reader should know of a proof that is shorter than it ought to be; or nothing."""
+        fewest = min(self.length, self.exact)
+        return "" if fewest >= self.wanted else (
+            f"proof: {self.exact:,} steps in float64 and {self.length:,} of the kernels, of "
+            f"{self.wanted:,} that pass twice over all windows together")
 
 
 def _wanted(steps: StepProgram, program: Program) -> int:
@@ -91,6 +96,12 @@ def _wanted(steps: StepProgram, program: Program) -> int:
     ticks = max(2 * windows, grown, hidden) * steps.rate
     least = max(ticks, 2 * (steps.receptive_field or 0), LEAST // 2)
     return least + steps.first + steps.delay + SPARE * steps.rate
+
+
+def _every_wrap(steps: StepProgram) -> int:
+    """Steps that a proof takes whatever they cost: every ring wraps twice."""
+    widest = max((window for _, window in steps.windows if window is not None), default=0)
+    return max(LEAST, steps.first + steps.delay + (2 * widest + SPARE) * steps.rate)
 
 
 def _largest_bound(program: Program) -> int:
