@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from stored import STORED
 
 from bincompile.config import INSTRUCTION_SETS, Target, host_instruction_sets
 from bincompile.errors import ConfigError
@@ -22,7 +23,6 @@ from bincompile.runtime.tvm import llvm_target, prepare
 
 FEATURES, ISAS = host_instruction_sets()
 TARGETS = [Target("cpu", isa, FEATURES) for isa in ISAS]
-STORED = ("weight", "weight_scale", "bias", "shift", "activation_scale", "table", "row_scale")
 
 
 def test_a_target_is_named_with_its_instruction_set() -> None:

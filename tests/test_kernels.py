@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from stored import STORED
 from torch import fx
 from torch.utils import _pytree as pytree
 
@@ -26,8 +27,6 @@ from bincompile.signature import InputSpec, Signature
 HOST = Target.host()
 USABLE = [Target("cpu", isa.name, HOST.features) for isa in INSTRUCTION_SETS
           if set(isa.needs) <= set(HOST.features)]
-STORED = ("weight", "weight_scale", "bias", "shift", "activation_scale", "table", "row_scale",
-          "weight_ih", "weight_hh", "bias_ih", "bias_hh")
 ODD = (1, 2, 15, 16, 17, 31, 32, 33, 47, 63, 64, 65, 100, 128, 129, 255, 256, 257)
 
 

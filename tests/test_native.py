@@ -14,6 +14,7 @@ import pytest
 import test_vector_math
 import torch
 from native import INCLUDES, Machine, Module, command
+from stored import STORED
 
 from bincompile.config import INSTRUCTION_SETS, Target, host_instruction_sets
 from bincompile.op import Operator
@@ -21,7 +22,6 @@ from bincompile.ops import OPERATORS
 from bincompile.runtime import kernels_of, library, native
 from bincompile.runtime.kernels import Kernel, sample_call
 
-STORED = ("weight", "weight_scale", "bias", "shift", "activation_scale", "table", "row_scale")
 HOST = host_instruction_sets()[1]
 WHERE = {"aarch64": ("aarch64-linux-gnu-gcc",), "x86_64": ("gcc",)}
 ARM = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu", "max")

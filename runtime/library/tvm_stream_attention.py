@@ -12,6 +12,7 @@ from bincompile.ops.ticks import check_clock
 from bincompile.runtime.bound import Bound, Size
 from bincompile.runtime.kernels import Call, Dynamic, Kernel, host_reason
 from bincompile.runtime.tvm import Recipe, load, obstacle
+from bincompile.runtime.whole import put_back, whole
 
 WORTH_THREADS = 1 << 20  # products below which a second thread costs more than it brings
 TENSORS = ("query", "key", "value", "keys", "values", "rows", "clock", "sink", "extra_keys",
@@ -78,9 +79,7 @@ def _bind(call: Call) -> Bound:
         if function(*(t for t in tensors if t is not None), *numbers, out):
             check_clock(rows, clock, rate, delay)
             seen(*distances(rows, clock, held.shape[2], rate, delay), window)
-        for state, written in zip(states, tensors[3:5], strict=True):
-            if state is not written:
-                state.copy_(written)
+        put_back(states, tensors[3:5])
 
     return Bound(shape, attend)
 
@@ -103,11 +102,6 @@ def taken(call: Call, names: Sequence[str]) -> Callable[[tuple[torch.Tensor, ...
 def in_rows(x: torch.Tensor) -> torch.Tensor:
     """With its last axis side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def whole(x: torch.Tensor) -> torch.Tensor:
-    """In one piece; a call of `contiguous` in each step would count as work of torch."""
-    return x if x.is_contiguous() else x.contiguous()
 
 
 KERNEL = Kernel("tvm-stream-attention", "stream_attention", _supports, _bind, priority=20,

@@ -8,8 +8,9 @@ from bincompile.ops.stream_attention import distances, seen
 from bincompile.ops.ticks import check_clock
 from bincompile.runtime.bound import Bound, Size
 from bincompile.runtime.kernels import Call, Kernel, host_reason
-from bincompile.runtime.library.tvm_stream_attention import UNBOUNDED, in_rows, taken, whole
+from bincompile.runtime.library.tvm_stream_attention import UNBOUNDED, in_rows, taken
 from bincompile.runtime.tvm import Recipe, load, obstacle
+from bincompile.runtime.whole import put_back, whole
 
 WORTH_THREADS = 1 << 20  # products below which a second thread costs more than it brings
 TENSORS = ("query", "key", "value", "key_bits", "key_scales", "held", "rows", "clock", "threshold")
@@ -59,9 +60,7 @@ def _bind(call: Call) -> Bound:
         if function(*(t for t in tensors if t is not None), *numbers, out):
             check_clock(rows, clock, rate, delay)
             seen(*distances(rows, clock, held.shape[2], rate, delay), window)
-        for state, written in zip(states, tensors[3:6], strict=True):
-            if state is not written:
-                state.copy_(written)
+        put_back(states, tensors[3:6])
 
     return Bound(shape, attend)
 

@@ -10,6 +10,7 @@ from bincompile.ops.ticks import check_clock
 from bincompile.runtime.bound import Bound
 from bincompile.runtime.kernels import Call, Kernel, host_reason
 from bincompile.runtime.tvm import Recipe, load, obstacle
+from bincompile.runtime.whole import put_back, whole
 
 
 def _recipe(call: Call) -> Recipe:
@@ -44,8 +45,11 @@ def _bind(call: Call) -> Bound:
 
     def step(token: torch.Tensor, ring: torch.Tensor, rows: torch.Tensor, clock: torch.Tensor,
              out: torch.Tensor) -> None:
-        if function(token.contiguous(), ring, rows.contiguous(), clock.contiguous(), *timing,
-                    *stored, out, *numbers):
+        piece = whole(ring)
+        failed = function(token.contiguous(), piece, rows.contiguous(), clock.contiguous(),
+                          *timing, *stored, out, *numbers)
+        put_back([ring], [piece])
+        if failed:
             check_clock(rows, clock)
 
     return Bound(shape, step)

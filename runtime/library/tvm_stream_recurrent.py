@@ -11,6 +11,7 @@ from bincompile.runtime.bound import Bound
 from bincompile.runtime.kernels import Call, Kernel, host_reason
 from bincompile.runtime.schedules.stream_recurrent import GATES
 from bincompile.runtime.tvm import Recipe, load, obstacle
+from bincompile.runtime.whole import put_back, whole
 
 WORTH_THREADS = 1 << 18  # products, below which a second thread costs more than it brings
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -68,9 +69,13 @@ def _bind(call: Call) -> Bound:
     def step(token: torch.Tensor, *given: torch.Tensor) -> None:
         held, rows, clock = given[:states], given[states], given[states + 1]
         function = serial if token.shape[0] <= few or torch.get_num_threads() == 1 else parallel
-        if function(token.contiguous(), *(s.view(-1, size) for s in held), rows.contiguous(),
-                    clock.contiguous(), *timing, *weights,
-                    *(i.contiguous() for i in given[states + 2:parts - 1]), *given[parts - 1:]):
+        pieces = [whole(state) for state in held]
+        failed = function(token.contiguous(), *(p.view(-1, size) for p in pieces),
+                          rows.contiguous(), clock.contiguous(), *timing, *weights,
+                          *(i.contiguous() for i in given[states + 2:parts - 1]),
+                          *given[parts - 1:])
+        put_back(held, pieces)
+        if failed:
             check_clock(rows, clock)
 
     return Bound(shape, step, several=states > 1)

@@ -14,6 +14,7 @@ from bincompile.ops.ticks import check_clock
 from bincompile.runtime.bound import Bound
 from bincompile.runtime.kernels import Call, Kernel, host_reason
 from bincompile.runtime.tvm import Recipe, load, obstacle
+from bincompile.runtime.whole import put_back, whole
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.int32: "int32",
           torch.int64: "int64"}
@@ -93,9 +94,12 @@ def _of_tokens(call: Call, module: Any, timing: tuple[int, int],
     def step(token: torch.Tensor, *given: torch.Tensor) -> None:
         *held, rows, clock, out = given
         count, size = token.shape[0], math.prod(token.shape[1:])
-        flat = [state.view(*state.shape[:2], size) for state in held[:states]]
-        if function(token.reshape(count, size).contiguous(), *flat, rows.contiguous(),
-                    clock.contiguous(), *timing, out.view(count, *sizes(size)), *numbers):
+        pieces = [whole(state) for state in held[:states]]
+        flat = [piece.view(*piece.shape[:2], size) for piece in pieces]
+        failed = function(token.reshape(count, size).contiguous(), *flat, rows.contiguous(),
+                          clock.contiguous(), *timing, out.view(count, *sizes(size)), *numbers)
+        put_back(held[:states], pieces)
+        if failed:
             check_clock(rows, clock)
 
     return Bound(shape, step)
