@@ -37,7 +37,7 @@ def check_kernels(program: Program, executable: Executable, flat: Sequence[Any],
     Raises:
         ProofError: a kernel is further from its reference than its operator allows.
     """
-    errors = [] if errors is None else errors
+    seen: list[float] = [] if errors is None else errors
 
     class Compare(fx.Interpreter):
         def run_node(self, node: fx.Node) -> Any:
@@ -50,10 +50,10 @@ def check_kernels(program: Program, executable: Executable, flat: Sequence[Any],
             given = (values, apart) if on == "reference" else (apart, values)
             expected = call.operator.overload(**given[0])
             found = executable.bound[node.name](*call.run_time(given[1]))
-            errors.extend(_differences(node.name, call.operator, before, expected, found))
+            seen.extend(_differences(node.name, call.operator, before, expected, found))
             for name in call.operator.mutated:
-                errors.extend(_differences(f"{node.name}, in what it writes to {name},",
-                                           call.operator, before, given[0][name], given[1][name]))
+                seen.extend(_differences(f"{node.name}, in what it writes to {name},",
+                                         call.operator, before, given[0][name], given[1][name]))
             return expected if on == "reference" else found
 
     with torch.no_grad():

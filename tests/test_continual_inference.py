@@ -149,6 +149,7 @@ class Whole(nn.Module):
         return self.head(self.encoder(x)[:, -1])
 
 
+@pytest.mark.slow  # the verdicts have a learned table too
 def test_positions_are_recycled_before_an_encoder() -> None:
     """The window of every step, with the positions that its tokens were given."""
     torch.manual_seed(0)
@@ -165,7 +166,7 @@ def test_positions_are_recycled_before_an_encoder() -> None:
         close(stream.forward_step(x[:, end - 1]), wanted)
 
 
-@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("learned", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_recycled_positions(learned: bool) -> None:
     """A table, learned or of sines, over as many tokens as it has rows, and after a clean start."""
     class Positions(nn.Module):
@@ -226,6 +227,7 @@ def test_one_query_of_the_window_is_answered(index: int, batch_first: bool) -> N
         close(stream.forward_step(*(x.select(axis, end - 1) for x in sequences)), wanted)
 
 
+@pytest.mark.slow  # test_step_attention has the same
 def test_all_queries_of_the_window_are_answered() -> None:
     """Their retroactive attention: every output of the window, at every step."""
     model = Attention(None, batch_first=True).eval()

@@ -136,6 +136,7 @@ def test_attention_steps() -> None:
     assert floor["values"][stream.MICROSECONDS] == pytest.approx(1e3 * floor["ms"][OURS])
 
 
+@pytest.mark.slow
 def test_batches_and_longer_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "FORMS", {"fp32": {}})
     found = measured(cases("3 streams", "longer"))

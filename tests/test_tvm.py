@@ -8,9 +8,8 @@ import logging
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from bincompile.errors import KernelError
 from bincompile.ops import OPERATORS
 from bincompile.runtime import tvm
 from bincompile.runtime.kernels import Call, Dynamic, kernels_of
-from bincompile.runtime.library import tvm_w1a1_linear
+from bincompile.runtime.recording import recording
 from bincompile.runtime.tvm import Recipe, load, prepare
 
 HOST = Target.host()
@@ -117,30 +116,14 @@ def test_the_executor_knows_what_a_kernel_compiles(operator: str) -> None:
         assert (kernel.recipe is not None) == kernel.name.startswith("tvm-"), kernel.name
 
 
-class Recorder:
-    """A loaded module that keeps the calls of its functions."""
-
-    def __init__(self, module: Any, calls: list[tuple[Any, tuple[Any, ...]]]) -> None:
-        self.module, self.calls = module, calls
-
-    def __getitem__(self, name: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            self.calls.append((self.module[name], arguments))
-            return self.module[name](*arguments)
-
-        return call
-
-
-def test_other_threads_run_while_a_kernel_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, tuple[Any, ...]]] = []
-    monkeypatch.setattr(tvm_w1a1_linear, "load",
-                        lambda recipe, target: Recorder(load(recipe, target), calls))
+def test_other_threads_run_while_a_kernel_does() -> None:
     operator, x = OPERATORS["binary_linear"], torch.randn(200_000, 64)
     given = operator.bind((Dynamic(x), torch.zeros(64, 8, dtype=torch.uint8), torch.ones(64),
                            None, 64), {})
-    next(k for k in kernels_of("binary_linear") if k.name == "tvm-w1a1").bind(
-        Call(operator, given, HOST))(x)
-    (function, arguments), = calls
+    kernel = next(k for k in kernels_of("binary_linear") if k.name == "tvm-w1a1")
+    with recording() as calls:
+        kernel.bind(Call(operator, given, HOST))(x)
+    (function, arguments, _), = calls
     assert function.release_gil
     steps, stop = [0], threading.Event()
 
