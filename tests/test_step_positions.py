@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from bincompile.config import Continual
+import bincompile as bc
+from bincompile.config import Continual, Target
 from bincompile.errors import ContinualError
 from bincompile.passes.capture import capture
 from bincompile.passes.graph import copy_module, finish
@@ -213,6 +214,24 @@ def test_a_million_steps_are_exact_to_a_hundred_thousandth() -> None:
             wanted = exact(case.call, model, tokens[row:row + 1, None].double(),
                            torch.tensor([clock]))
             torch.testing.assert_close(found[row:row + 1].double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_of_bits_is_looked_up_where_each_row_stands() -> None:
+    class Bits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = bc.nn.BinaryEmbedding(ENTRIES, E)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.table(torch.arange(x.shape[1]))
+
+    model, x = Bits().eval(), torch.randn(2, ENTRIES, E)
+    compiled = bc.optimize(model, (x[:, :6],), continual=Continual(), target=Target("cpu"))
+    assert "binary_embedding" in {r.operator for r in compiled.report.rewrites}
+    stream = compiled.stream(2)
+    torch.testing.assert_close(stream.steps(x), model(x))
+    with pytest.raises(ContinualError, match="positions"):
+        stream.step(x[:, 0])
 
 
 def test_layers_share_the_angles_that_both_compute() -> None:

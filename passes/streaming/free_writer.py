@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from bincompile.ops.embedding import embedding
+from bincompile.ops import OPERATORS
 from bincompile.passes.graph import (
     FLOATS,
     SIZES,
@@ -23,7 +23,8 @@ from bincompile.passes.graph import (
 from bincompile.passes.mask_graph import ALIKE, MaskGraph
 
 LOOK_UPS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default,
-            aten.gather.default, aten.reshape.default, aten._to_copy.default, embedding.overload)
+            aten.gather.default, aten.reshape.default, aten._to_copy.default,
+            *(operator.overload for name, operator in OPERATORS.items() if "embedding" in name))
 PAIRS = (aten.polar.default, aten.complex.default)
 
 
